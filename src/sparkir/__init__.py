@@ -1,0 +1,1 @@
+"""sparkir: small, truly quantized image-restoration networks that look like their teachers."""

@@ -1,0 +1,1 @@
+"""Images in: folders to a memory-mapped store, degradations, cropped pairs."""

@@ -1,0 +1,1 @@
+"""Export to runtimes, and the proof that they agree with the integer reference."""

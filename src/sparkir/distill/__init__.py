@@ -1,0 +1,1 @@
+"""Distillation losses and the task that puts student, teacher and weighting together."""

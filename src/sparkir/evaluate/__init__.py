@@ -1,0 +1,1 @@
+"""Metrics with their conventions, inference on whole images, statistics."""

@@ -1,0 +1,1 @@
+"""Restoration networks, one readable file each, and the facts they carry."""

@@ -1,0 +1,1 @@
+"""Quantizers, preparing a network for QAT, and the integer network it becomes."""

@@ -1,0 +1,1 @@
+"""SPARK: where, and how strongly, the student should imitate the teacher."""

@@ -1,0 +1,15 @@
+import os
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+DATA = Path(os.environ.get("SPARKIR_DATA", ROOT.parent / "shared" / "data"))
+
+
+@pytest.fixture(scope="session")
+def development_data() -> Path:
+    """The folder of benchmark sets and published weights; tests that need it are skipped without it."""
+    if not DATA.is_dir():
+        pytest.skip("needs the development data (benchmark sets and published weights)")
+    return DATA
