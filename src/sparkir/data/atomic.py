@@ -1,0 +1,82 @@
+"""Files and folders that appear whole or not at all.
+
+Everything is first written under a temporary name beside its final place, flushed to the disk and
+then renamed, which the operating system does in one step. A reader therefore never sees half a
+file, and a killed process leaves only a hidden ``*.partial`` behind.
+"""
+
+import os
+import shutil
+import time
+import uuid
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import BinaryIO
+
+_SUFFIX = ".partial"
+_ABANDONED_AFTER_S = 3600.0  # a process that still writes touches its folder far more often
+
+
+@contextmanager
+def atomic_file(path: Path) -> Iterator[BinaryIO]:
+    """Open a new binary file that takes the place of ``path`` only when the block succeeds.
+
+    Missing parent folders are made. When the block raises, an older ``path`` stays as it was.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = _partial_beside(path)
+    try:
+        with synced_file(partial) as file:
+            yield file
+        partial.replace(path)
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+@contextmanager
+def atomic_folder(folder: Path) -> Iterator[Path]:
+    """Make a folder to be filled, which is renamed to ``folder`` when the block succeeds.
+
+    If another process finishes the same folder first, its result stays and ours is dropped: for
+    folders named by their content either one is right. Files inside should be written with
+    `synced_file`, so that the rename cannot reach the disk before they do.
+    """
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    _remove_abandoned(folder.parent)
+    partial = _partial_beside(folder)
+    partial.mkdir()
+    try:
+        yield partial
+        try:
+            partial.rename(folder)
+        except OSError:
+            if not folder.is_dir():
+                raise
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)  # already gone after the rename
+
+
+@contextmanager
+def synced_file(path: Path) -> Iterator[BinaryIO]:
+    """Open a new file for writing, whose bytes are on the disk when the block ends."""
+    with path.open("xb") as file:
+        yield file
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def _partial_beside(path: Path) -> Path:
+    # Not tempfile: that makes private files (0600), and the result should obey the user's umask.
+    return path.with_name(f".{uuid.uuid4().hex}{_SUFFIX}")
+
+
+def _remove_abandoned(parent: Path) -> None:
+    """Delete the leftovers of killed processes, and only those: a live one may be at work."""
+    for partial in parent.glob(f".*{_SUFFIX}"):
+        try:
+            touched = max(path.stat().st_mtime for path in (partial, *partial.glob("*")))
+        except FileNotFoundError:  # its owner finished meanwhile
+            continue
+        if time.time() - touched > _ABANDONED_AFTER_S:
+            shutil.rmtree(partial, ignore_errors=True)

@@ -1,0 +1,273 @@
+"""Degraded and clean images side by side: whole for evaluation, cropped in batches for training."""
+
+import hashlib
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from jaxtyping import UInt8
+from torch import Tensor
+
+from sparkir.data.degrade import Degradation, mod_crop
+from sparkir.data.images import ImageStore, Progress
+from sparkir.data.matching import checked_scale, partners, size_text
+from sparkir.errors import SparkirError
+
+Pair = tuple[UInt8[np.ndarray, "h w 3"], UInt8[np.ndarray, "H W 3"]]
+Batch = tuple[UInt8[Tensor, "b 3 p p"], UInt8[Tensor, "b 3 P P"]]
+
+
+class PairStore:
+    """Pairs of a degraded image (lq) and its ground truth (gt), ``scale`` times larger.
+
+    Attributes:
+        names: the stem of each pair's ground truth.
+        scale: side of gt / side of lq, exactly, for every pair.
+        skipped: one message for each file that could not be read.
+    """
+
+    def __init__(
+        self,
+        *,
+        names: Sequence[str],
+        gt: Sequence[UInt8[np.ndarray, "_H _W 3"]],
+        lq: Sequence[UInt8[np.ndarray, "_h _w 3"]] | Degradation,
+        scale: int,
+        skipped: Sequence[str] = (),
+    ) -> None:
+        """Hold images that fit already; `from_images` and `from_folders` make them fit."""
+        assert len(names) == len(gt) > 0
+        self.names = tuple(names)
+        self.scale = scale
+        self.skipped = tuple(skipped)
+        self._gt = tuple(gt)
+        self._lq = lq
+
+    @classmethod
+    def from_images(
+        cls,
+        paths: Sequence[Path],
+        degradation: Degradation,
+        *,
+        cache: Path,
+        skip_broken: bool = False,
+        progress: Progress | None = None,
+    ) -> "PairStore":
+        """Degrade clean images, cropped at the bottom and right to multiples of the scale.
+
+        A fixed degradation is computed once for each whole image and kept in ``cache``; a random
+        one is drawn anew for each training crop, and repeatably for whole images. ``progress``
+        counts the decoded images, then from the start again the degraded ones.
+
+        Raises:
+            SparkirError: as `ImageStore.build`, or an image is smaller than the scale.
+        """
+        images = ImageStore.build(paths, cache=cache, skip_broken=skip_broken, progress=progress)
+        scale = degradation.scale
+        for name, image in zip(images.names, images, strict=True):
+            if min(image.shape[:2]) < scale:
+                raise SparkirError(
+                    f"image {name} is only {size_text(image)}, for scale {scale}; remove it"
+                )
+        gt = [mod_crop(image, scale) for image in images]
+        lq = list(_degraded(images, degradation, progress)) if degradation.fixed else degradation
+        return cls(names=images.names, gt=gt, lq=lq, scale=scale, skipped=images.skipped)
+
+    @classmethod
+    def from_folders(
+        cls,
+        input_dir: Path,
+        target_dir: Path,
+        *,
+        scale: int | None = None,
+        cache: Path,
+        skip_broken: bool = False,
+        progress: Progress | None = None,
+    ) -> "PairStore":
+        """Pair the files of two folders that have the same stem.
+
+        ``scale`` is found from the sizes when not given. With ``skip_broken``, a pair of which
+        either file cannot be read is left out. ``progress`` counts the inputs, then from the
+        start again the targets.
+
+        Raises:
+            SparkirError: as `find_images` and `ImageStore.build`, or a file has no partner, or
+                the sides of a target are not ``scale`` times those of its input.
+        """
+        files = partners(input_dir, target_dir)
+        inputs, targets = (
+            ImageStore.build(paths, cache=cache, skip_broken=skip_broken, progress=progress)
+            for paths in files
+        )
+        skipped = inputs.skipped + targets.skipped
+        lq = dict(zip(inputs.names, inputs, strict=True))
+        gt = {n: image for n, image in zip(targets.names, targets, strict=True) if n in lq}
+        if not gt:
+            raise SparkirError(f"{input_dir} and {target_dir} hold no whole pair: {skipped[0]}")
+        for name, target in gt.items():
+            scale = checked_scale(name, lq[name], target, scale)
+        assert scale is not None
+        lq_of_gt = [lq[name] for name in gt]
+        return cls(names=list(gt), gt=list(gt.values()), lq=lq_of_gt, scale=scale, skipped=skipped)
+
+    def __len__(self) -> int:
+        return len(self._gt)
+
+    def pair(self, index: int) -> Pair:
+        """One whole pair (lq, gt), RGB, 0..255; the same pixels each time it is asked for."""
+        gt = self._gt[index]
+        if isinstance(self._lq, Degradation):
+            return self._lq(gt, _rng_of(self.names[index])), gt
+        return self._lq[index], gt
+
+    def lq_size(self, index: int) -> tuple[int, int]:
+        """Height and width of one degraded image, in pixels."""
+        height, width = self._gt[index].shape[:2]
+        return height // self.scale, width // self.scale
+
+    def crop(
+        self, index: int, *, top: int, left: int, side_px: int, rng: np.random.Generator
+    ) -> Pair:
+        """A square of one pair, placed and measured in pixels of lq.
+
+        A random degradation is drawn from ``rng`` for the crop alone.
+        """
+        rows, columns = slice(top, top + side_px), slice(left, left + side_px)
+        gt = self._gt[index][_times(rows, self.scale), _times(columns, self.scale)]
+        if isinstance(self._lq, Degradation):
+            return self._lq(gt, rng), gt
+        return self._lq[index][rows, columns], gt
+
+
+class PatchSampler:
+    """Endless batches of random crops; every image is drawn once before any is drawn again.
+
+    Large and small images count alike. Everything random comes from one generator, so that equal
+    seeds give equal batches, and a saved state resumes bit for bit, in the middle of an epoch too.
+
+    Attributes:
+        epoch: how many times all images have been drawn (the current round included).
+    """
+
+    def __init__(
+        self, pairs: PairStore, *, patch_px: int, batch: int, seed: int, augment: bool = True
+    ) -> None:
+        """Crops of ``patch_px`` x ``patch_px`` pixels of lq, ``batch`` of them at a time.
+
+        ``augment`` flips and transposes each crop into one of eight orientations.
+
+        Raises:
+            SparkirError: an image is smaller than the patch, or patch or batch is below 1.
+        """
+        if min(patch_px, batch) < 1:
+            raise SparkirError(f"patch is {patch_px} px and batch {batch}; both must be at least 1")
+        for index, name in enumerate(pairs.names):
+            height, width = pairs.lq_size(index)
+            if min(height, width) < patch_px:
+                raise SparkirError(
+                    f"image {name} is {width}x{height} px when degraded, smaller than the patch of "
+                    f"{patch_px} px; make the patch smaller or remove the image"
+                )
+        self.epoch = 0
+        self._pairs = pairs
+        self._patch_px = patch_px
+        self._batch = batch
+        self._augment = augment
+        self._rng = np.random.Generator(np.random.Philox(seed))
+        self._order: list[int] = []  # the images of this epoch, as they will be drawn
+        self._position = 0  # how many of them have been drawn
+
+    def next(self) -> Batch:
+        """The next batch: lq (B, 3, p, p) and gt (B, 3, s p, s p), uint8 RGB, 0..255."""
+        side = self._patch_px
+        lq = np.empty((self._batch, 3, side, side), dtype=np.uint8)
+        side *= self._pairs.scale
+        gt = np.empty((self._batch, 3, side, side), dtype=np.uint8)
+        for row in range(self._batch):
+            lq_patch, gt_patch = self._draw()
+            lq[row], gt[row] = lq_patch.transpose(2, 0, 1), gt_patch.transpose(2, 0, 1)
+        return torch.from_numpy(lq), torch.from_numpy(gt)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Where the sampler is, as ints, a list of ints, and strings."""
+        return {
+            "images": self._images(),
+            "epoch": self.epoch,
+            "order": list(self._order),
+            "position": self._position,
+            # As text, because the generator's 64-bit words are unsigned.
+            "rng": json.dumps(self._rng.bit_generator.state, default=np.ndarray.tolist),
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go on exactly where `state_dict` was taken.
+
+        Raises:
+            SparkirError: the state is of a sampler of other images.
+        """
+        if state["images"] != self._images():
+            raise SparkirError(
+                "the training images are not those of the saved run; restore them to resume, "
+                "or start a new run"
+            )
+        self.epoch = state["epoch"]
+        self._order = list(state["order"])
+        self._position = state["position"]
+        self._rng.bit_generator.state = json.loads(state["rng"])
+
+    def _draw(self) -> Pair:
+        index = self._next_image()
+        height, width = self._pairs.lq_size(index)
+        top = int(self._rng.integers(height - self._patch_px, endpoint=True))
+        left = int(self._rng.integers(width - self._patch_px, endpoint=True))
+        lq, gt = self._pairs.crop(index, top=top, left=left, side_px=self._patch_px, rng=self._rng)
+        orientation = int(self._rng.integers(8)) if self._augment else 0
+        return _oriented(lq, orientation), _oriented(gt, orientation)
+
+    def _next_image(self) -> int:
+        if self._position == len(self._order):
+            self._order = self._rng.permutation(len(self._pairs)).tolist()
+            self._position = 0
+            self.epoch += 1
+        self._position += 1
+        return self._order[self._position - 1]
+
+    def _images(self) -> str:
+        facts = [(name, *self._pairs.lq_size(i)) for i, name in enumerate(self._pairs.names)]
+        return hashlib.sha256(json.dumps([self._pairs.scale, facts]).encode()).hexdigest()
+
+
+def _oriented(patch: UInt8[np.ndarray, "p p 3"], orientation: int) -> UInt8[np.ndarray, "p p 3"]:
+    """One of the eight flips and transposes of a square (a view); 0 changes nothing."""
+    if orientation & 1:
+        patch = patch[::-1]
+    if orientation & 2:
+        patch = patch[:, ::-1]
+    if orientation & 4:
+        patch = patch.transpose(1, 0, 2)
+    return patch
+
+
+def _degraded(
+    images: ImageStore, degradation: Degradation, progress: Progress | None
+) -> ImageStore:
+    assert type(degradation).__repr__ is not object.__repr__, "repr must name the output"
+    scale = degradation.scale
+    return images.derive(
+        lambda name, image: degradation(mod_crop(image, scale), _rng_of(name)),
+        key=repr(degradation),
+        bytes_needed=sum(image.size for image in images) // scale**2,
+        progress=progress,
+    )
+
+
+def _rng_of(name: str) -> np.random.Generator:
+    """A generator that is the same for the same image name, on every machine."""
+    return np.random.Generator(np.random.Philox(list(name.encode())))
+
+
+def _times(part: slice, scale: int) -> slice:
+    return slice(part.start * scale, part.stop * scale)

@@ -1,0 +1,114 @@
+"""What a network is, as data: the facts it carries, and how to run it by them.
+
+Losing a network's value range or size multiple costs decibels or crashes, so every network
+has an attribute ``facts`` and everything else in sparkir reads that instead of guessing.
+"""
+
+from dataclasses import dataclass
+from typing import Literal
+
+import torch.nn.functional as F
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from sparkir.errors import SparkirError
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelFacts:
+    """The facts of one network; ``network.facts`` holds them, on traced copies as well."""
+
+    name: str
+    """The name under which messages and reports speak of it, such as ``rfdn``."""
+
+    scale: int
+    """Output pixels per input pixel along one side: 4 for x4 super-resolution, 1 for denoising."""
+
+    channels: int
+    """3 for RGB, 1 for a network that restores brightness alone."""
+
+    value_range: float
+    """The white level that the network works in: 1.0 or 255.0. Black is 0."""
+
+    size_multiple: int = 1
+    """Height and width of the input must be multiples of this."""
+
+    min_size_px: int = 1
+    """The smallest height and width of the input that the network can compute."""
+
+    taps: tuple[str, ...]
+    """Submodules whose outputs a feature distillation may use, from input to output."""
+
+    halo_px: int
+    """Input pixels around a tile that its output pixels need to come out as in the whole image."""
+
+    luma_range: Literal["full", "studio"] = "full"
+    """What the channel of a 1-channel network is: BT.601 luma over 0..255, or over 16..235."""
+
+    def __post_init__(self) -> None:
+        """Refuse facts that no network can have, before they turn into wrong pictures."""
+        for field in ("scale", "size_multiple", "min_size_px"):
+            if getattr(self, field) < 1:
+                raise SparkirError(f"facts of {self.name!r}: {field} must be at least 1")
+        if self.channels not in (1, 3):
+            raise SparkirError(f"facts of {self.name!r}: channels must be 1 (luma) or 3 (RGB)")
+        if self.value_range not in (1.0, 255.0):
+            raise SparkirError(f"facts of {self.name!r}: value_range must be 1.0 or 255.0")
+        if self.halo_px < 0:
+            raise SparkirError(f"facts of {self.name!r}: halo_px must not be negative")
+
+
+def facts_of(network: nn.Module) -> ModelFacts:
+    """Return the facts that a network carries.
+
+    Raises:
+        SparkirError: it carries none.
+    """
+    facts = getattr(network, "facts", None)
+    if not isinstance(facts, ModelFacts):
+        raise SparkirError(
+            f"the network {type(network).__name__} carries no facts; "
+            "set network.facts = sparkir.models.facts.ModelFacts(...)"
+        )
+    return facts
+
+
+def restore(network: nn.Module, lq: Float[Tensor, "b c h w"]) -> Float[Tensor, "b c sh sw"]:
+    """Run a network on images in [0, 1], whatever value range and sizes it wants itself.
+
+    The input is brought to the network's value range and reflect-padded at the bottom and right
+    to its size multiple; the output is cropped and brought back. Nothing is clipped.
+
+    Args:
+        network: any module with ``facts``; gradients flow through.
+        lq: (b, c, h, w) in [0, 1], with the network's number of channels.
+
+    Returns:
+        (b, c, s*h, s*w) around [0, 1].
+
+    Raises:
+        SparkirError: the images have the wrong number of channels or are too small.
+    """
+    facts = facts_of(network)
+    height, width = lq.shape[-2:]
+    padded = _pad_to_multiple(lq * facts.value_range, facts)
+    restored: Tensor = network(padded)
+    cropped = restored[..., : facts.scale * height, : facts.scale * width]
+    return cropped / facts.value_range
+
+
+def _pad_to_multiple(lq: Tensor, facts: ModelFacts) -> Tensor:
+    channels, height, width = lq.shape[-3:]
+    if channels != facts.channels:
+        raise SparkirError(
+            f"{facts.name} restores {facts.channels}-channel images, but got {channels} channels"
+        )
+    bottom, right = -height % facts.size_multiple, -width % facts.size_multiple
+    # Reflection repeats no edge pixel, so it can add at most one pixel less than there are.
+    smallest = max(facts.min_size_px, bottom + 1, right + 1)
+    if min(height, width) < smallest:
+        raise SparkirError(
+            f"{facts.name} needs images of at least {smallest} x {smallest} px, "
+            f"but got {height} x {width}; enlarge or pad the image first"
+        )
+    return F.pad(lq, (0, right, 0, bottom), mode="reflect") if bottom or right else lq

@@ -1,0 +1,146 @@
+"""Networks by name: the shipped ones, and the user's own as ``package.module:function``."""
+
+import difflib
+import importlib
+import inspect
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from torch import nn
+
+from sparkir.errors import SparkirError
+from sparkir.models.dncnn import DnCNN
+from sparkir.models.edsr import EDSR
+from sparkir.models.facts import ModelFacts
+from sparkir.models.rfdn import RFDN
+from sparkir.models.srcnn import SRCNN
+
+
+@dataclass(frozen=True)
+class _Entry:
+    builder: Callable[..., nn.Module]
+    description: str
+
+
+_ENTRIES: dict[str, _Entry] = {
+    "dncnn": _Entry(DnCNN, "DnCNN, plain residual denoiser (TIP 2017)"),
+    "edsr": _Entry(EDSR, "EDSR, deep residual super-resolution, 64 wide, 16 blocks (CVPRW 2017)"),
+    "rfdn": _Entry(RFDN, "RFDN, light super-resolution with spatial attention (AIM 2020)"),
+    "srcnn": _Entry(SRCNN, "SRCNN 9-5-5, bicubic and three convolutions (TPAMI 2016)"),
+}
+# The name under which the paper and its checkpoints speak of EDSR's default size.
+_ENTRIES["edsr-baseline"] = _Entry(EDSR, "EDSR baseline: the name for edsr with its default size")
+
+_EXAMPLE = (
+    "for example: def tiny(facts): net = nn.Conv2d(3, 3, 3, padding=1); "
+    "net.facts = ModelFacts(**facts); return net"
+)
+
+
+def available() -> dict[str, str]:
+    """Return the names that :func:`build` knows, each with one line about the network."""
+    return {name: _ENTRIES[name].description for name in sorted(_ENTRIES)}
+
+
+def build(name: str, **options: Any) -> nn.Module:  # noqa: ANN401 - they come from a recipe
+    """Return a new network with fresh weights; it carries ``facts``.
+
+    Args:
+        name: a name of :func:`available`, or ``package.module:function`` for a function of the
+            user's own that returns an ``nn.Module``.
+        options: the network's own (``scale``, ``width``, ...). For a function of the user's
+            own, ``facts`` may be a dictionary of :class:`ModelFacts` fields: it is passed on if
+            the function takes it, and becomes ``network.facts`` if the network has none.
+
+    Raises:
+        SparkirError: unknown name or option, an option out of range, or a network without facts.
+    """
+    if ":" in name:
+        return _build_external(name, options)
+    if name not in _ENTRIES:
+        nearest = difflib.get_close_matches(name.lower(), _ENTRIES, n=1)
+        hint = f"did you mean {nearest[0]!r}?" if nearest else f"known: {', '.join(available())}"
+        raise SparkirError(f"no network is called {name!r}; {hint}")
+    builder = _ENTRIES[name].builder
+    _check_options(name, builder, options)
+    return builder(**options)
+
+
+def _check_options(
+    name: str, builder: Callable[..., nn.Module], options: Mapping[str, object]
+) -> None:
+    parameters = inspect.signature(builder).parameters
+    for option, value in options.items():
+        if option not in parameters:
+            raise SparkirError(
+                f"network {name!r} has no option {option!r}; it has: {', '.join(parameters)}"
+            )
+        if parameters[option].annotation is int and not _is_positive_int(value):
+            raise SparkirError(
+                f"option {option!r} of network {name!r} must be a whole number >= 1, got {value!r}"
+            )
+        if parameters[option].annotation is float and not _is_number(value):
+            raise SparkirError(
+                f"option {option!r} of network {name!r} must be a number, got {value!r}"
+            )
+
+
+def _is_positive_int(value: object) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value >= 1
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)
+
+
+def _build_external(name: str, options: Mapping[str, Any]) -> nn.Module:
+    function = _find_function(name)
+    parameters = inspect.signature(function).parameters
+    takes_facts = "facts" in parameters
+    passed = {key: value for key, value in options.items() if key != "facts" or takes_facts}
+    try:
+        inspect.signature(function).bind(**passed)
+    except TypeError as error:
+        raise SparkirError(
+            f"{name!r} cannot be called with the options given: {error}; "
+            f"it takes: {', '.join(parameters) or 'none'}"
+        ) from error
+    network = function(**passed)
+    if not isinstance(network, nn.Module):
+        raise SparkirError(
+            f"{name!r} must return an nn.Module, but returned {type(network).__name__}; {_EXAMPLE}"
+        )
+    if not isinstance(getattr(network, "facts", None), ModelFacts):
+        setattr(network, "facts", _facts_from_options(name, options))  # noqa: B010 - for mypy
+    return network
+
+
+def _find_function(name: str) -> Callable[..., object]:
+    module_name, _, function_name = name.partition(":")
+    try:
+        module = importlib.import_module(module_name)
+    except ModuleNotFoundError as error:
+        raise SparkirError(
+            f"cannot import {error.name!r} for the network {name!r}; "
+            "install it or add its folder to PYTHONPATH"
+        ) from error
+    except (ValueError, TypeError) as error:  # an empty or relative module name
+        raise SparkirError(f"{name!r} is not of the form package.module:function") from error
+    function = getattr(module, function_name, None)
+    if not callable(function):
+        raise SparkirError(f"the module {module_name!r} has no function {function_name!r}")
+    return function  # type: ignore[no-any-return]  # whatever it returns is checked by the caller
+
+
+def _facts_from_options(name: str, options: Mapping[str, Any]) -> ModelFacts:
+    facts = options.get("facts")
+    if not isinstance(facts, Mapping):
+        raise SparkirError(
+            f"the network of {name!r} carries no facts; set network.facts = ModelFacts(...) "
+            f"in the function or give the option facts; {_EXAMPLE}"
+        )
+    try:
+        return ModelFacts(**facts)
+    except TypeError as error:
+        raise SparkirError(f"facts of {name!r}: {error}") from error

@@ -1,0 +1,208 @@
+"""Integer arithmetic held in float32, exactly as an integer runtime computes it.
+
+Values between layers are pairs (integers, scale): the integers are whole numbers in a float32
+tensor with the zero point already subtracted, so that zero padding means zero, and a convolution
+over them is exact while sums stay below 2**24. Rounding happens only in `quantize`, and there it
+follows ONNX Runtime's kernels operation by operation, so that the network that is trained, the
+frozen reference and the deployed file agree bit for bit.
+
+Gradients pass the rounding straight through. In integer units that *is* LSQ: a step size acts
+once where the integers are made (1 / scale) and once where they are used (* scale), and the two
+paths add up to round(v) - v inside the range and to the bound outside (Esser 2020, eq. 3).
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+
+class Quantized(NamedTuple):
+    """A tensor on a grid: real value = ints * scale, stored byte = ints + zero."""
+
+    ints: Tensor
+    """Whole numbers in float32, any shape, zero point subtracted."""
+    scale: Tensor
+    """(), the step."""
+    zero: Tensor
+    """(), the stored byte that means 0."""
+
+    def dequantize(self) -> Tensor:
+        """The real values."""
+        return self.ints * self.scale
+
+    def size(self, *args: int) -> Any:  # noqa: ANN401 - torch's own signature
+        """Stands in for Tensor.size, which networks call to resize to."""
+        return self.ints.size(*args)
+
+    @property
+    def shape(self) -> torch.Size:
+        """The tensor's shape."""
+        return self.ints.shape
+
+
+class Accumulated(NamedTuple):
+    """The int32 sums of a convolution, not yet on a grid."""
+
+    ints: Tensor
+    scale: Tensor
+    """(C, 1, 1) or (C,): input step times each output channel's weight step."""
+
+    def dequantize(self) -> Tensor:
+        """The real values."""
+        return self.ints * self.scale
+
+
+class Sum(NamedTuple):
+    """An addition waiting for the grid of its result."""
+
+    a: Quantized
+    b: Quantized
+
+
+class Product(NamedTuple):
+    """An element-wise product waiting for the grid of its result."""
+
+    a: Quantized
+    b: Quantized
+
+
+Value = Tensor | Quantized | Accumulated | Sum | Product
+
+
+class _RoundToGrid(torch.autograd.Function):
+    """clamp(round(x * step or x / step), low, high), rounding passed straight through.
+
+    The gradient of the step is LSQ's; with `clip_only` it is PAMS's: inside the range the two
+    paths of the step cancel, so that only clipped values move the bound.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any,  # noqa: ANN401
+        x: Tensor,
+        step: Tensor,
+        low: float,
+        high: float,
+        divide: bool,
+        clip_only: bool,
+    ) -> Tensor:
+        exact = x / step if divide else x * step
+        inside = (exact >= low) & (exact <= high)
+        ints = exact.round_().clamp_(low, high)
+        ctx.save_for_backward(x if not clip_only else ints, step, inside)
+        ctx.divide, ctx.clip_only = divide, clip_only
+        return ints
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> Any:  # type: ignore[override]  # noqa: ANN401
+        saved, step, inside = ctx.saved_tensors
+        passed = gradient * inside
+        to_x = to_step = None
+        if ctx.needs_input_grad[0]:
+            to_x = passed / step if ctx.divide else passed * step
+        if ctx.needs_input_grad[1]:
+            # d(exact)/d(step) is x, or -x / step**2; with clip_only the rounded value stands in.
+            total = _sum_to(passed * saved, step.shape)
+            if ctx.clip_only:
+                to_step = -total / step if ctx.divide else total / step
+            else:
+                to_step = -total / step.square() if ctx.divide else total
+        return to_x, to_step, None, None, None, None
+
+
+def _sum_to(x: Tensor, shape: torch.Size) -> Tensor:
+    """Reduce a broadcast gradient back to `shape`."""
+    return x.sum() if not shape else x.sum_to_size(shape)
+
+
+def round_to_grid(
+    x: Tensor,
+    step: Tensor,
+    *,
+    low: float,
+    high: float,
+    divide: bool = False,
+    clip_only: bool = False,
+) -> Tensor:
+    """Whole numbers clamp(round(x * step), low, high), or x / step with `divide`.
+
+    Half rounds to even. `step` broadcasts against x. See `_RoundToGrid` for gradients.
+    """
+    result: Tensor = _RoundToGrid.apply(x.float(), step, low, high, divide, clip_only)
+    return result
+
+
+def round_straight_through(x: Tensor) -> Tensor:
+    """round(x), with the gradient of x."""
+    return (x.round() - x).detach() + x
+
+
+def quantize(
+    value: Value,
+    *,
+    scale: Tensor,
+    zero: Tensor,
+    zero_level: int,
+    levels: int,
+    exact: bool,
+    clip_only: bool = False,
+) -> Quantized:
+    """Put a value on the grid (scale, zero) of stored bytes 0 .. levels - 1.
+
+    Args:
+        value: real tensor, convolution sums, an addition or a product.
+        scale: (), the step.
+        zero: (), the zero point as a tensor; `zero_level` is the same number on the host.
+        zero_level: the zero point.
+        levels: number of grid points, 2**bits.
+        exact: follow the runtime's rounding of additions and products to the last bit. Costs
+            float64 passes, so training rounds in float32: one element in 200,000 differs, by one.
+        clip_only: PAMS gradients instead of LSQ's.
+    """
+    low, high = float(-zero_level), float(levels - 1 - zero_level)
+    match value:
+        case Quantized() if value.scale is scale:
+            return value
+        case Quantized():
+            x, step, divide = value.dequantize(), scale, True
+        case Accumulated():
+            x, step, divide = value.ints, value.scale / scale, False
+        case Sum():
+            if exact:
+                return Quantized(_exact_sum(value, scale, zero, low, high), scale, zero)
+            a, b = value
+            x = a.ints * (a.scale / scale) + b.ints * (b.scale / scale)
+            step, divide = torch.ones_like(scale), False
+        case Product():
+            if exact:
+                return Quantized(_exact_product(value, scale, zero, low, high), scale, zero)
+            a, b = value
+            x, step, divide = a.ints * b.ints, (a.scale * b.scale) / scale, False
+        case _:
+            x, step, divide = value, scale, True
+    ints = round_to_grid(x, step, low=low, high=high, divide=divide, clip_only=clip_only)
+    return Quantized(ints, scale, zero)
+
+
+def _fma(a: Tensor, b: Tensor, c: Tensor) -> Tensor:
+    """A float32 fused multiply-add: the product of two float32 is exact in float64."""
+    return (a.double() * b.double() + c.double()).float()
+
+
+def _exact_sum(value: Sum, scale: Tensor, zero: Tensor, low: float, high: float) -> Tensor:
+    """QLinearAdd: two fused multiply-adds on the stored bytes, b first, then a."""
+    a, b = value
+    ratio_a, ratio_b = a.scale / scale, b.scale / scale
+    fixed = zero - _fma(ratio_a, a.zero, ratio_b * b.zero)
+    stored = _fma(a.ints + a.zero, ratio_a, _fma(b.ints + b.zero, ratio_b, fixed))
+    return (stored.round() - zero).clamp(low, high)
+
+
+def _exact_product(value: Product, scale: Tensor, zero: Tensor, low: float, high: float) -> Tensor:
+    """QLinearMul: one multiplier, and the zero point added before the rounding."""
+    a, b = value
+    stored = (a.ints * b.ints) * ((a.scale * b.scale) / scale) + zero
+    return (stored.round() - zero).clamp(low, high)

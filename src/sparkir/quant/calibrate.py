@@ -1,0 +1,51 @@
+"""Calibration: every grid starts where real images put it.
+
+Done alone, without training, this is post-training quantization (PTQ).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+
+from sparkir.quant.layers import QuantLayer
+from sparkir.quant.quantizer import ActivationQuantizer
+from sparkir.quant.ranges import RangeObserver
+
+
+def activation_quantizers(student: nn.Module) -> dict[str, ActivationQuantizer]:
+    """Every activation quantizer of a prepared network, by name."""
+    return {
+        name: module
+        for name, module in student.named_modules()
+        if isinstance(module, ActivationQuantizer)
+    }
+
+
+@torch.no_grad()
+def calibrate(
+    student: nn.Module,
+    batches: Iterable[Tensor],
+    *,
+    method: Literal["mse", "percentile", "minmax"] = "mse",
+) -> None:
+    """Fit every grid of a prepared network to its own floating-point values.
+
+    Args:
+        student: what `prepare` returned.
+        batches: images (B, C, H, W) in the network's value range; a few dozen crops suffice.
+        method: least squared error, the 99.9th percentile, or the extremes.
+    """
+    quantizers = activation_quantizers(student)
+    for quantizer in quantizers.values():
+        quantizer.observer = RangeObserver()
+    for batch in batches:
+        student(batch)
+    for quantizer in quantizers.values():
+        quantizer.calibrate(method)
+    for layer in student.modules():
+        if isinstance(layer, QuantLayer):
+            layer.weight_quantizer.calibrate(layer.weight, method)

@@ -1,0 +1,202 @@
+"""Reading a network's graph: tracing it, and what an integer runtime makes of each operation."""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Callable
+from enum import Enum, auto
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, fx, nn
+
+from sparkir.errors import SparkirError
+
+
+class Kind(Enum):
+    """How an operation meets integers."""
+
+    INPUT = auto()
+    OUTPUT = auto()
+    LAYER = auto()
+    """Convolution or linear layer: integers times integer weights."""
+    ADD = auto()
+    MULTIPLY = auto()
+    CONCATENATE = auto()
+    TABLE = auto()
+    """A function of one value: 256 entries, looked up."""
+    RELU = auto()
+    PASS = auto()
+    """Moves or selects values, so the grid stays as it is."""
+    FLOAT = auto()
+    """Everything else, left in floating point."""
+    NOT_A_TENSOR = auto()
+    """Sizes and the like."""
+
+
+_FUNCTIONS: dict[Any, Kind] = {
+    operator.add: Kind.ADD,
+    operator.iadd: Kind.ADD,
+    torch.add: Kind.ADD,
+    "add": Kind.ADD,
+    "add_": Kind.ADD,
+    operator.mul: Kind.MULTIPLY,
+    operator.imul: Kind.MULTIPLY,
+    torch.mul: Kind.MULTIPLY,
+    "mul": Kind.MULTIPLY,
+    "mul_": Kind.MULTIPLY,
+    torch.cat: Kind.CONCATENATE,
+    torch.concat: Kind.CONCATENATE,
+    torch.relu: Kind.RELU,
+    F.relu: Kind.RELU,
+    "relu": Kind.RELU,
+    "relu_": Kind.RELU,
+    torch.sigmoid: Kind.TABLE,
+    F.sigmoid: Kind.TABLE,
+    "sigmoid": Kind.TABLE,
+    F.leaky_relu: Kind.TABLE,
+    F.max_pool2d: Kind.PASS,
+    F.pixel_shuffle: Kind.PASS,
+    F.pixel_unshuffle: Kind.PASS,
+    torch.pixel_shuffle: Kind.PASS,
+    torch.pixel_unshuffle: Kind.PASS,
+    torch.max_pool2d: Kind.PASS,
+}
+_MODULES: dict[type[nn.Module], Kind] = {
+    nn.Conv2d: Kind.LAYER,
+    nn.Linear: Kind.LAYER,
+    nn.ReLU: Kind.RELU,
+    nn.Sigmoid: Kind.TABLE,
+    nn.LeakyReLU: Kind.TABLE,
+    nn.MaxPool2d: Kind.PASS,
+    nn.PixelShuffle: Kind.PASS,
+    nn.PixelUnshuffle: Kind.PASS,
+    nn.Identity: Kind.PASS,
+}
+REASONS: dict[Any, str] = {
+    nn.ConvTranspose2d: "ONNX Runtime has no integer kernel for it",
+    nn.LayerNorm: "a normalisation needs the real statistics",
+    nn.BatchNorm2d: "fold it into its convolution first",
+    nn.Softmax: "an exponential needs more than 8 bits",
+    F.interpolate: "interpolation makes values between grid points",
+    operator.sub: "ONNX Runtime has no integer subtraction",
+}
+
+
+class Tap(nn.Identity):
+    """Marks where a composite submodule ended, so that its output can still be hooked."""
+
+
+class _Tracer(fx.Tracer):
+    """Symbolic tracing that leaves a `Tap` where each tapped submodule returned."""
+
+    def __init__(self, taps: tuple[str, ...]) -> None:
+        super().__init__()
+        self.taps = set(taps)
+
+    def call_module(
+        self,
+        m: nn.Module,
+        forward: Callable[..., Any],
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+    ) -> Any:  # noqa: ANN401 - torch's own signature
+        result = super().call_module(m, forward, args, kwargs)
+        path = self.path_of_module(m)
+        if path not in self.taps or not isinstance(result, fx.Proxy):
+            return result
+        return self.create_proxy("call_module", f"taps.{path.replace('.', '_')}", (result,), {})
+
+
+def trace(network: nn.Module, taps: tuple[str, ...]) -> fx.GraphModule:
+    """`network` as a graph of its own submodules, which it shares.
+
+    Every path in `taps` becomes a submodule `taps.<path with underscores>` whose output is that
+    of the original submodule.
+
+    Raises:
+        SparkirError: its forward cannot be traced; the message has the reason.
+    """
+    tracer = _Tracer(taps)
+    try:
+        graph = tracer.trace(network)
+    except Exception as error:  # noqa: BLE001 - tracing runs the user's code, which may raise anything
+        raise SparkirError(
+            f"{type(network).__name__}.forward cannot be traced ({error}); make its control flow "
+            "independent of tensor values"
+        ) from error
+    found: dict[str, Any] = dict(network.named_modules(remove_duplicate=False))
+    found |= dict(network.named_parameters()) | dict(network.named_buffers())
+    found |= {f"taps.{path.replace('.', '_')}": Tap() for path in taps}
+    used = {str(node.target) for node in graph.nodes if node.op in ("call_module", "get_attr")}
+    root = {name: value for name, value in found.items() if name in used}
+    return fx.GraphModule(root, graph, type(network).__name__)
+
+
+class _Recorder(fx.Interpreter):
+    """Runs a graph once and notes which nodes are tensors."""
+
+    def __init__(self, module: fx.GraphModule) -> None:
+        super().__init__(module)
+        self.is_tensor: dict[fx.Node, bool] = {}
+
+    def run_node(self, n: fx.Node) -> Any:  # noqa: ANN401 - torch's own signature
+        result = super().run_node(n)
+        self.is_tensor[n] = isinstance(result, Tensor)
+        return result
+
+
+def classify(network: fx.GraphModule, example: Tensor) -> dict[fx.Node, Kind]:
+    """The kind of every node, found with one run on `example` (1, C, H, W)."""
+    recorder = _Recorder(network)
+    with torch.no_grad():
+        recorder.run(example)
+    varying = _depends_on_input(network)
+    kinds: dict[fx.Node, Kind] = {}
+    for node in network.graph.nodes:
+        if node.op == "output":
+            kinds[node] = Kind.OUTPUT
+        elif not recorder.is_tensor[node] or node not in varying:
+            kinds[node] = Kind.NOT_A_TENSOR
+        elif node.op == "placeholder":
+            kinds[node] = Kind.INPUT
+        else:
+            kinds[node] = _kind(node, network, varying)
+    return kinds
+
+
+def _depends_on_input(network: fx.GraphModule) -> set[fx.Node]:
+    """Nodes downstream of the input; the rest are constants."""
+    varying: set[fx.Node] = set()
+    for node in network.graph.nodes:
+        if node.op == "placeholder" or any(n in varying for n in node.all_input_nodes):
+            varying.add(node)
+    return varying
+
+
+def _kind(node: fx.Node, network: fx.GraphModule, varying: set[fx.Node]) -> Kind:
+    if node.op == "call_module":
+        module = network.get_submodule(str(node.target))
+        if isinstance(module, Tap):
+            return Kind.PASS
+        if isinstance(module, nn.Conv2d) and module.padding_mode != "zeros":
+            return Kind.FLOAT
+        return _MODULES.get(type(module), Kind.FLOAT)
+    kind = _FUNCTIONS.get(node.target, Kind.FLOAT)
+    operands = [n for n in node.all_input_nodes if n in varying]
+    if kind in (Kind.ADD, Kind.MULTIPLY) and (len(operands) != 2 or node.kwargs):
+        return Kind.FLOAT  # with a constant, or an addition of something with itself
+    if kind is Kind.PASS and len(node.all_input_nodes) != 1:
+        return Kind.FLOAT
+    return kind
+
+
+def reason_for_float(node: fx.Node, network: fx.GraphModule) -> str:
+    """Why an operation stays in floating point."""
+    if node.op != "call_module":
+        return REASONS.get(node.target, "no integer kernel is known for it")
+    module = network.get_submodule(str(node.target))
+    if isinstance(module, nn.Conv2d):
+        return f"padding_mode={module.padding_mode!r}; integer kernels pad with zeros"
+    return REASONS.get(type(module), "no integer kernel is known for it")

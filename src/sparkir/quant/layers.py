@@ -1,0 +1,181 @@
+"""The layers of a prepared network: what an integer runtime has a kernel for.
+
+Each takes and returns the values of `arithmetic`. While the network is being calibrated, plain
+tensors flow instead, and every layer is its floating-point self.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import cast
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from sparkir.quant.arithmetic import (
+    Accumulated,
+    Product,
+    Quantized,
+    Sum,
+    Value,
+    round_straight_through,
+)
+from sparkir.quant.quantizer import Learned, WeightQuantizer
+
+
+class QuantLayer(nn.Module):
+    """What convolution and linear layers share: weight and bias on the runtime's grids."""
+
+    def __init__(self, layer: nn.Conv2d | nn.Linear, *, bits: int, learned: Learned) -> None:
+        """Take over the parameters of `layer`."""
+        super().__init__()
+        self.weight, self.bias = layer.weight, layer.bias
+        self.weight_quantizer = WeightQuantizer(
+            layer.weight.shape[0], bits=bits, learned=learned
+        )
+
+    def integers(self, input_scale: Tensor) -> tuple[Tensor, Tensor | None, Tensor]:
+        """(weight, bias, step of the sums (C_out,)), all whole numbers but the last.
+
+        The bias is an int32 of step input_scale * weight_scale, as the runtime will make it.
+        """
+        weight, weight_scale = self.weight_quantizer(self.weight)
+        scale = input_scale * weight_scale
+        if self.bias is None:
+            return weight, None, scale
+        return weight, round_straight_through(self.bias / scale), scale
+
+
+class QuantConv2d(QuantLayer):
+    """A convolution over integers."""
+
+    def __init__(self, layer: nn.Conv2d, *, bits: int, learned: Learned) -> None:
+        """Take over `layer`, which pads with zeros."""
+        super().__init__(layer, bits=bits, learned=learned)
+        self.stride, self.padding = layer.stride, layer.padding
+        self.dilation, self.groups = layer.dilation, layer.groups
+
+    def forward(self, x: Quantized | Tensor) -> Accumulated | Tensor:
+        """(B, C_in, H, W) on a grid -> sums (B, C_out, H', W')."""
+        if isinstance(x, Tensor):
+            return self._convolve(x, self.weight, self.bias)
+        weight, bias, scale = self.integers(x.scale)
+        return Accumulated(self._convolve(x.ints, weight, bias), scale.view(-1, 1, 1))
+
+    def _convolve(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        return F.conv2d(x, weight, bias, self.stride, self.padding, self.dilation, self.groups)
+
+    def extra_repr(self) -> str:
+        """What print shows."""
+        out_channels, in_channels, *kernel = self.weight.shape
+        return f"{in_channels}, {out_channels}, kernel={tuple(kernel)}, stride={self.stride}"
+
+
+class QuantLinear(QuantLayer):
+    """A linear layer over integers."""
+
+    def forward(self, x: Quantized | Tensor) -> Accumulated | Tensor:
+        """(..., C_in) on a grid -> sums (..., C_out)."""
+        if isinstance(x, Tensor):
+            return F.linear(x, self.weight, self.bias)
+        weight, bias, scale = self.integers(x.scale)
+        return Accumulated(F.linear(x.ints, weight, bias), scale)
+
+
+class Add(nn.Module):
+    """Element-wise addition; the grid of the result comes next."""
+
+    def forward(self, a: Quantized | Tensor, b: Quantized | Tensor) -> Sum | Tensor:
+        """Shapes broadcast."""
+        if isinstance(a, Tensor):
+            return a + cast("Tensor", b)
+        return Sum(a, cast("Quantized", b))
+
+
+class Multiply(nn.Module):
+    """Element-wise multiplication; the grid of the result comes next."""
+
+    def forward(self, a: Quantized | Tensor, b: Quantized | Tensor) -> Product | Tensor:
+        """Shapes broadcast."""
+        if isinstance(a, Tensor):
+            return a * cast("Tensor", b)
+        return Product(a, cast("Quantized", b))
+
+
+class Concatenate(nn.Module):
+    """Concatenation of tensors that were put on one grid beforehand."""
+
+    def __init__(self, dim: int) -> None:
+        """Concatenate along `dim`."""
+        super().__init__()
+        self.dim = dim
+
+    def forward(self, *parts: Quantized | Tensor) -> Quantized | Tensor:
+        """One grid in, the same grid out."""
+        first = parts[0]
+        if isinstance(first, Tensor):
+            return torch.cat(cast("tuple[Tensor, ...]", parts), self.dim)
+        grids = cast("tuple[Quantized, ...]", parts)
+        return first._replace(ints=torch.cat([part.ints for part in grids], self.dim))
+
+
+class Call(nn.Module):
+    """A function or tensor method with its constant arguments, as a module."""
+
+    def __init__(self, function: Callable[..., Tensor], *args: object, **kwargs: object) -> None:
+        """Remember `function(x, *args, **kwargs)`."""
+        super().__init__()
+        self.function, self.args, self.kwargs = function, args, kwargs
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Call it."""
+        return self.function(x, *self.args, **self.kwargs)
+
+    def extra_repr(self) -> str:
+        """What print shows."""
+        return getattr(self.function, "__name__", repr(self.function))
+
+
+class PassThrough(nn.Module):
+    """An operation that moves or selects values (shuffle, max-pool): integers keep their grid."""
+
+    def __init__(self, operation: nn.Module) -> None:
+        """Wrap a module of one tensor."""
+        super().__init__()
+        self.operation = operation
+
+    def forward(self, x: Quantized | Tensor) -> Quantized | Tensor:
+        """Apply it to the integers, or in calibration to the values."""
+        if isinstance(x, Tensor):
+            return cast("Tensor", self.operation(x))
+        return x._replace(ints=self.operation(x.ints))
+
+
+class Table(nn.Module):
+    """A function of one value on a grid: at run time, a table of 256 entries."""
+
+    def __init__(self, operation: nn.Module) -> None:
+        """Wrap an element-wise module."""
+        super().__init__()
+        self.operation = operation
+
+    def forward(self, x: Quantized | Tensor) -> Tensor:
+        """Real values; the grid of the result comes next."""
+        return cast("Tensor", self.operation(x if isinstance(x, Tensor) else x.dequantize()))
+
+
+class AbsorbedReLU(nn.Module):
+    """A ReLU that the next grid performs by starting at zero."""
+
+    def forward(self, value: Value) -> Value:
+        """Integers unchanged; in calibration, ReLU."""
+        return value.relu() if isinstance(value, Tensor) else value
+
+
+class Dequantize(nn.Module):
+    """Real values, for an operation that stays in floating point."""
+
+    def forward(self, x: Quantized | Tensor) -> Tensor:
+        """Integers times step."""
+        return x if isinstance(x, Tensor) else x.dequantize()

@@ -1,0 +1,333 @@
+"""Float network -> network for quantization-aware training: every grid in its place.
+
+The placement is ONNX Runtime's: an integer kernel reads grids and writes a grid. What a tensor's
+grid is, its readers decide. A tensor read only by convolutions of one bit width takes that width;
+one that is only added, looked up or shuffled is carried at 8 bits; one that does both is carried
+at 8 bits and rounded again for the convolution. All parts of a concatenation share one grid, so
+that nothing is rounded twice.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any, cast
+
+import torch
+from torch import Tensor, fx, nn
+
+from sparkir.errors import SparkirError
+from sparkir.quant.graph import Kind, classify, reason_for_float, trace
+from sparkir.quant.layers import (
+    AbsorbedReLU,
+    Add,
+    Call,
+    Concatenate,
+    Dequantize,
+    Multiply,
+    PassThrough,
+    QuantConv2d,
+    QuantLinear,
+    Table,
+)
+from sparkir.quant.quantizer import ActivationQuantizer
+from sparkir.quant.spec import CARRIER_BITS, QuantSpec
+
+EXAMPLE_PX = 48
+
+
+@dataclass(frozen=True, kw_only=True)
+class Placement:
+    """What was quantized, and what was not, and why."""
+
+    spec: QuantSpec
+    layers: dict[str, tuple[int, int]] = field(default_factory=dict)
+    """Layer name -> (weight bits, bits of the tensor it reads)."""
+    left_in_float: dict[str, str] = field(default_factory=dict)
+    """Operation -> reason."""
+
+
+@dataclass(frozen=True)
+class _Request:
+    """The grid that a reader of a tensor asks for."""
+
+    what: str
+    """`bits`, `image`, `concatenation`, `float`, or `sums` (no grid yet: a ReLU is absorbed)."""
+    bits: int = CARRIER_BITS
+    owner: fx.Node | None = None
+    """The concatenation."""
+
+
+_FLOAT, _SUMS, _IMAGE, _CARRIER = (_Request(w) for w in ("float", "sums", "image", "bits"))
+_WRITES_A_GRID = {Kind.LAYER, Kind.ADD, Kind.MULTIPLY, Kind.TABLE, Kind.CONCATENATE}
+_ABSORBS_RELU = {Kind.LAYER, Kind.ADD, Kind.MULTIPLY}
+
+
+def prepare(network: nn.Module, spec: QuantSpec) -> fx.GraphModule:
+    """A copy of `network` with quantizers, its float weights kept as parameters.
+
+    The result is uncalibrated: run `calibrate` before use. It carries `facts` like the network,
+    `placement` with what was and was not quantized, and one submodule `taps.<name>` for each of
+    the network's feature taps. It maps (B, C, H, W) in the network's value range to the output
+    image on the image's own grid of 256 levels: what a PNG file would hold.
+
+    Raises:
+        SparkirError: the forward cannot be traced.
+    """
+    facts: Any = network.facts
+    module = trace(copy.deepcopy(network), facts.taps)
+    example = torch.rand(1, facts.channels, EXAMPLE_PX, EXAMPLE_PX) * facts.value_range
+    for parameter in network.parameters():
+        example = example.to(parameter.device)
+        break
+    plan = _Plan(module, classify(module, example), spec)
+    prepared = _Rewriter(module, plan, image_step=facts.value_range / 255).run()
+    prepared.facts = facts
+    prepared.train(network.training)
+    return prepared
+
+
+class _Plan:
+    """Which grid every tensor gets, decided from its readers backwards."""
+
+    def __init__(self, module: fx.GraphModule, kinds: dict[fx.Node, Kind], spec: QuantSpec) -> None:
+        self.spec, self.kinds = spec, kinds
+        self.tensors = [n for n in module.graph.nodes if kinds[n] is not Kind.NOT_A_TENSOR]
+        self.edge_layers = self._reached_layers(Kind.INPUT) | self._reached_layers(Kind.OUTPUT)
+        self.absorbed: set[fx.Node] = set()
+        self.asked: dict[fx.Node, set[_Request]] = {n: set() for n in self.tensors}
+        for node in reversed(self.tensors):
+            if self._can_be_absorbed(node):
+                self.absorbed.add(node)
+            for source in self.tensor_inputs(node):
+                self.asked[source].add(self.request_of(node))
+
+    def tensor_inputs(self, node: fx.Node) -> list[fx.Node]:
+        """The inputs of `node` that depend on the image."""
+        return [n for n in node.all_input_nodes if self.kinds[n] is not Kind.NOT_A_TENSOR]
+
+    def reading_bits(self, layer: fx.Node) -> int:
+        """Bits of the tensor that `layer` reads."""
+        spec = self.spec
+        return spec.first_last_bits if layer in self.edge_layers else spec.activation_bits
+
+    def weight_bits(self, layer: fx.Node) -> int:
+        """Bits of `layer`'s weights."""
+        spec = self.spec
+        return spec.first_last_bits if layer in self.edge_layers else spec.weight_bits
+
+    def request_of(self, node: fx.Node) -> _Request:
+        """What `node` asks of the tensors it reads."""
+        match self.kinds[node]:
+            case Kind.LAYER:
+                return _Request("bits", self.reading_bits(node))
+            case Kind.CONCATENATE:
+                return _Request("concatenation", owner=node)
+            case Kind.RELU if node in self.absorbed:
+                return _SUMS
+            case Kind.PASS | Kind.RELU:
+                return self.grid_of(node) or _FLOAT
+            case Kind.OUTPUT:
+                return _IMAGE
+            case Kind.FLOAT:
+                return _FLOAT
+            case _:
+                return _CARRIER
+
+    def grid_of(self, node: fx.Node) -> _Request | None:
+        """The grid on which `node`'s result is made; None when it is not on one."""
+        if self.kinds[node] is Kind.INPUT:
+            return _IMAGE
+        asked = self.asked[node] - {_FLOAT}
+        if asked == {_SUMS}:
+            return None
+        if len(asked) == 1:
+            return next(iter(asked))
+        if asked or node in self.absorbed or self.kinds[node] in _WRITES_A_GRID:
+            return _CARRIER
+        return None
+
+    def _can_be_absorbed(self, node: fx.Node) -> bool:
+        """A ReLU whose own grid can do its work, right behind a layer that feeds only it."""
+        if self.kinds[node] is not Kind.RELU:
+            return False
+        (source,) = self.tensor_inputs(node)
+        grid = self.grid_of(node)
+        shared = grid is not None and grid.what == "concatenation"
+        return self.kinds[source] in _ABSORBS_RELU and len(source.users) == 1 and not shared
+
+    def _reached_layers(self, start: Kind) -> set[fx.Node]:
+        """Layers met first when walking from the image, or back from the output."""
+        waiting = [n for n in self.tensors if self.kinds[n] is start]
+        found: set[fx.Node] = set()
+        seen = set(waiting)
+        while waiting:
+            node = waiting.pop()
+            for near in node.users if start is Kind.INPUT else self.tensor_inputs(node):
+                if near in seen or self.kinds[near] is Kind.NOT_A_TENSOR:
+                    continue
+                seen.add(near)
+                if self.kinds[near] is Kind.LAYER:
+                    found.add(near)
+                else:
+                    waiting.append(near)
+        return found
+
+
+class _Rewriter:
+    """Carries the plan out, node by node in the order of execution."""
+
+    def __init__(self, module: fx.GraphModule, plan: _Plan, *, image_step: float) -> None:
+        self.module, self.graph, self.plan = module, module.graph, plan
+        self.image_step = image_step
+        self.placement = Placement(spec=plan.spec)
+        self.grids: dict[tuple[fx.Node, _Request], str] = {}
+        self.made: dict[tuple[fx.Node, _Request], fx.Node] = {}
+
+    def run(self) -> fx.GraphModule:
+        """Rewrite the whole graph."""
+        for node in list(self.graph.nodes):
+            kind = self.plan.kinds[node]
+            self._read(node)
+            if kind is Kind.OUTPUT:
+                self._return_image(node)
+            elif kind is not Kind.NOT_A_TENSOR:
+                self._swap(node)
+                self._write(node)
+        self.graph.lint()
+        self.module.delete_all_unused_submodules()
+        self.module.recompile()
+        self.module.placement = self.placement
+        return self.module
+
+    def _read(self, node: fx.Node) -> None:
+        """Point `node` at its inputs on the grid it asks for."""
+        if self.plan.kinds[node] is Kind.NOT_A_TENSOR:  # asks for sizes only
+            for source in node.all_input_nodes:
+                if self.plan.kinds[source] is not Kind.NOT_A_TENSOR:
+                    node.replace_input_with(source, self._on_own_grid(source))
+            return
+        if self.plan.kinds[node] is Kind.INPUT:
+            return
+        request = self.plan.request_of(node)
+        for source in self.plan.tensor_inputs(node):
+            node.replace_input_with(source, self._on_grid(source, request, before=node))
+
+    def _on_own_grid(self, source: fx.Node) -> fx.Node:
+        own = self.plan.grid_of(source)
+        return self.made[source, own] if own else source
+
+    def _on_grid(self, source: fx.Node, request: _Request, *, before: fx.Node) -> fx.Node:
+        """`source` as `request` wants it, made once."""
+        own, made = self.plan.grid_of(source), self._on_own_grid(source)
+        if own is None:
+            return made
+        if own == _IMAGE and request == _CARRIER:
+            return made  # the image's own grid has 8 bits
+        if (source, request) not in self.made:
+            with self.graph.inserting_before(before):
+                if request == _FLOAT:
+                    made = self._call(f"dequantize.{source.name}", Dequantize(), made)
+                else:
+                    made = self.graph.call_module(self._grid(source, request), (made,))
+            self.made[source, request] = made
+        return self.made[source, request]
+
+    def _swap(self, node: fx.Node) -> None:
+        """Turn the operation into its integer layer, in place."""
+        on_grid = self.plan.grid_of(node) is not None
+        match self.plan.kinds[node]:
+            case Kind.LAYER:
+                self._swap_layer(node)
+            case Kind.ADD:
+                self._become(node, Add())
+            case Kind.MULTIPLY:
+                self._become(node, Multiply())
+            case Kind.CONCATENATE:
+                dim = node.kwargs.get("dim", node.args[1] if len(node.args) > 1 else 0)
+                parts = cast("list[fx.Node]", node.kwargs.get("tensors") or node.args[0])
+                self._become(node, Concatenate(cast("int", dim)), parts)
+            case Kind.TABLE:
+                self._become(node, Table(self._operation(node)))
+            case Kind.RELU if node in self.plan.absorbed:
+                self._become(node, AbsorbedReLU())
+            case Kind.PASS | Kind.RELU if on_grid:
+                self._become(node, PassThrough(self._operation(node)))
+            case Kind.FLOAT:
+                name = str(node.target) if node.op == "call_module" else node.name
+                self.placement.left_in_float[name] = reason_for_float(node, self.module)
+            case _:
+                pass
+
+    def _write(self, node: fx.Node) -> None:
+        """Put the result on its grid."""
+        own = self.plan.grid_of(node)
+        if own is None:
+            return
+        passed = self.plan.kinds[node] in (Kind.PASS, Kind.RELU) and node not in self.plan.absorbed
+        if passed:  # the grid it came on; said again because an exported file must say it again
+            name = str(cast("fx.Node", node.args[0]).target)
+        else:
+            name = self._grid(node, own)
+        with self.graph.inserting_after(node):
+            self.made[node, own] = self.graph.call_module(name, (node,))
+
+    def _return_image(self, node: fx.Node) -> None:
+        (result,) = node.args
+        if not isinstance(result, fx.Node):
+            raise SparkirError("the network returns several values; it must return one image")
+        with self.graph.inserting_before(node):
+            node.args = (self._call("to_image", Dequantize(), result),)
+
+    def _grid(self, node: fx.Node, request: _Request) -> str:
+        """The name of the quantizer for `node` on the grid `request`, made at its first use."""
+        if request.owner is not None:
+            owner_grid = self.plan.grid_of(request.owner)
+            assert owner_grid is not None
+            return self._grid(request.owner, owner_grid)
+        if (node, request) not in self.grids:
+            own = self.plan.grid_of(node) == request
+            name = f"quantizers.{node.name}" + ("" if own else f"_{request.bits}bit")
+            self.module.add_submodule(
+                name,
+                ActivationQuantizer(
+                    bits=request.bits,
+                    grid=self.plan.spec.activation_grid,
+                    learned=self.plan.spec.learned,
+                    non_negative=node in self.plan.absorbed,
+                    image_step=self.image_step if request == _IMAGE else None,
+                ),
+            )
+            self.grids[node, request] = name
+        return self.grids[node, request]
+
+    def _swap_layer(self, node: fx.Node) -> None:
+        name, bits = str(node.target), self.plan.weight_bits(node)
+        layer = self.module.get_submodule(name)
+        if isinstance(layer, (nn.Conv2d, nn.Linear)):  # else it is called twice and already done
+            kind = QuantConv2d if isinstance(layer, nn.Conv2d) else QuantLinear
+            swapped = kind(layer, bits=bits, learned=self.plan.spec.learned)  # type: ignore[arg-type]
+            self.module.set_submodule(name, swapped)
+        self.placement.layers[name] = (bits, self.plan.reading_bits(node))
+
+    def _operation(self, node: fx.Node) -> nn.Module:
+        """The node's own operation as a module of one tensor."""
+        if node.op == "call_module":
+            return self.module.get_submodule(str(node.target))
+        function = getattr(Tensor, node.target) if isinstance(node.target, str) else node.target
+        return Call(function, *node.args[1:], **node.kwargs)
+
+    def _become(
+        self, node: fx.Node, module: nn.Module, inputs: Sequence[fx.Node] | None = None
+    ) -> None:
+        """Make `node` a call of `module` on its tensor inputs."""
+        name = f"operations.{node.name}"
+        self.module.add_submodule(name, module)
+        node.args = tuple(node.all_input_nodes if inputs is None else inputs)
+        node.kwargs = {}
+        node.op, node.target = "call_module", name
+
+    def _call(self, name: str, module: nn.Module, value: fx.Node) -> fx.Node:
+        self.module.add_submodule(name, module)
+        return self.graph.call_module(name, (value,))

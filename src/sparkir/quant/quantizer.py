@@ -1,0 +1,178 @@
+"""The learned grids: one quantizer for a tensor that flows, one for a layer's weights."""
+
+from __future__ import annotations
+
+import math
+from typing import Literal, cast
+
+import torch
+from torch import Tensor, nn
+
+from sparkir.quant.arithmetic import Quantized, Value, quantize, round_to_grid
+from sparkir.quant.ranges import RangeObserver, fit_grid, fit_weight_scale
+
+Learned = Literal["lsq", "pams", "none"]
+
+
+def scale_gradient(x: Tensor, factor: float) -> Tensor:
+    """X itself, with its gradient multiplied by `factor` (LSQ, section 2.2)."""
+    return (x - x * factor).detach() + x * factor
+
+
+class ActivationQuantizer(nn.Module):
+    """Puts a tensor on a grid of 2**bits stored bytes; the step is learned.
+
+    The parameter is the logarithm of the step: optimizers then move it by a share of itself,
+    whether the network works in [0, 1] or [0, 255]. The zero point is fixed by calibration.
+
+    While `observer` is set, values pass through in floating point and are recorded.
+    """
+
+    zero_point: Tensor
+    observer: RangeObserver | None
+
+    def __init__(
+        self,
+        *,
+        bits: int,
+        grid: Literal["affine", "symmetric"] = "affine",
+        learned: Learned = "lsq",
+        non_negative: bool = False,
+        image_step: float | None = None,
+    ) -> None:
+        """Make an uncalibrated quantizer.
+
+        Args:
+            bits: 2 to 8.
+            grid: whether both ends fit the data, or zero sits in the middle.
+            learned: how the step is trained.
+            non_negative: the tensor follows a ReLU that this grid absorbs, so zero is byte 0.
+            image_step: for the image itself: a fixed grid of this step starting at black.
+        """
+        super().__init__()
+        self.bits, self.grid, self.non_negative = bits, grid, non_negative or image_step is not None
+        self.learned: Learned = "none" if image_step is not None else learned
+        self.log_scale = nn.Parameter(
+            torch.tensor(math.log(image_step) if image_step is not None else 0.0),
+            requires_grad=self.learned != "none",
+        )
+        self.image_step = image_step
+        self.register_buffer("zero_point", torch.tensor(0.0))
+        self._zero_level = 0
+        self.register_load_state_dict_post_hook(_refresh_zero_level)
+        self.observer = None
+
+    @property
+    def levels(self) -> int:
+        """Number of grid points."""
+        return 2**self.bits
+
+    @property
+    def zero_level(self) -> int:
+        """The zero point on the host."""
+        return self._zero_level
+
+    def scale(self) -> Tensor:
+        """(), the step, without LSQ's gradient scale."""
+        if self.image_step is not None:  # exactly float32(1/255), not exp(log(1/255))
+            return torch.full_like(self.log_scale, self.image_step)
+        return self.log_scale.exp()
+
+    def forward(self, value: Value) -> Quantized:
+        """Round `value` to the grid; under an observer, record it and pass it on in float."""
+        if self.observer is not None:
+            self.observer.record(cast("Tensor", value))
+            return cast("Quantized", value)
+        scale = self.scale()
+        if self.training and self.learned == "lsq":
+            ints = getattr(value, "ints", value)
+            count = ints.numel() if isinstance(ints, Tensor) else 1
+            scale = scale_gradient(scale, 1.0 / math.sqrt(count * (self.levels - 1)))
+        if isinstance(value, Quantized) and self._shares_grid(value):
+            return value
+        return quantize(
+            value,
+            scale=scale,
+            zero=self.zero_point,
+            zero_level=self._zero_level,
+            levels=self.levels,
+            exact=not self.training,
+            clip_only=self.learned == "pams",
+        )
+
+    def _shares_grid(self, value: Quantized) -> bool:
+        """Whether `value` was made by this very quantizer, upstream of a shuffle or a pooling."""
+        return value.zero is self.zero_point
+
+    def calibrate(self, method: Literal["mse", "percentile", "minmax"]) -> None:
+        """Fit step and zero point to what the observer saw, and stop observing."""
+        assert self.observer is not None
+        seen, self.observer = self.observer, None
+        if self.image_step is not None:
+            return
+        scale, zero = fit_grid(
+            seen,
+            bits=self.bits,
+            method=method,
+            symmetric=self.grid == "symmetric",
+            non_negative=self.non_negative,
+        )
+        with torch.no_grad():
+            self.log_scale.fill_(math.log(scale))
+            self.zero_point.fill_(float(zero))
+        self._zero_level = zero
+
+    def extra_repr(self) -> str:
+        """What print shows."""
+        return f"bits={self.bits}, zero={self._zero_level}, learned={self.learned}"
+
+
+def _refresh_zero_level(module: nn.Module, _: object) -> None:
+    module._zero_level = int(cast("ActivationQuantizer", module).zero_point)  # type: ignore[assignment]
+
+
+class WeightQuantizer(nn.Module):
+    """Per-output-channel symmetric grid -2**(bits-1) .. 2**(bits-1) - 1 with learned steps."""
+
+    def __init__(self, channels: int, *, bits: int, learned: Learned = "lsq") -> None:
+        """Make an uncalibrated quantizer for `channels` output channels."""
+        super().__init__()
+        self.bits, self.learned = bits, learned
+        self.log_scale = nn.Parameter(torch.zeros(channels), requires_grad=learned != "none")
+
+    @property
+    def low(self) -> int:
+        """The most negative integer."""
+        return -(2 ** (self.bits - 1))
+
+    @property
+    def high(self) -> int:
+        """The most positive integer."""
+        return 2 ** (self.bits - 1) - 1
+
+    def scale(self) -> Tensor:
+        """(C_out,), the steps."""
+        return self.log_scale.exp()
+
+    def forward(self, weight: Tensor) -> tuple[Tensor, Tensor]:
+        """Integers of `weight` (C_out, ...) in float32, and their steps (C_out,)."""
+        scale = self.scale()
+        if self.training and self.learned == "lsq":
+            per_channel = weight[0].numel() * self.high
+            scale = scale_gradient(scale, 1.0 / math.sqrt(per_channel))
+        ints = round_to_grid(
+            weight,
+            scale.view(-1, *[1] * (weight.dim() - 1)),
+            low=self.low,
+            high=self.high,
+            divide=True,
+            clip_only=self.learned == "pams",
+        )
+        return ints, scale
+
+    @torch.no_grad()
+    def calibrate(self, weight: Tensor, method: Literal["mse", "percentile", "minmax"]) -> None:
+        """Fit the steps to `weight` (C_out, ...)."""
+        self.log_scale.copy_(fit_weight_scale(weight, bits=self.bits, method=method).log())
+
+

@@ -1,0 +1,49 @@
+"""What to quantize, and how finely."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar, Literal
+
+from sparkir.errors import SparkirError
+
+CARRIER_BITS = 8
+"""Bits of tensors that are only added, shuffled or passed through a table, never multiplied."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class QuantSpec:
+    """How a network is quantized. Bits count what a multiplication sees.
+
+    A convolution's weights take `weight_bits` and the tensor it reads takes `activation_bits`.
+    Tensors that only flow into additions, tables or the output image are carried at 8 bits, as
+    every integer runtime carries them.
+    """
+
+    __pydantic_config__: ClassVar[dict[str, str]] = {"extra": "forbid"}  # for recipes
+
+    weight_bits: int = 8
+    """2 to 8; per output channel, symmetric, signed."""
+    activation_bits: int = 8
+    """2 to 8; per tensor, stored unsigned."""
+    first_last_bits: int = 8
+    """Bits of the first and last layer's weights and inputs; they see and make the image itself."""
+    activation_grid: Literal["affine", "symmetric"] = "affine"
+    """`affine` fits both ends of the range; `symmetric` keeps zero in the middle (GPU runtimes).
+    A tensor that is never negative starts at zero in either case."""
+    learned: Literal["lsq", "pams", "none"] = "lsq"
+    """How steps are trained: LSQ (Esser 2020), a clip bound as in PAMS (Li 2020), or not at all."""
+    calibration: Literal["mse", "percentile", "minmax"] = "mse"
+    """How ranges start: least squared error, the 99.9th percentile, or the extremes."""
+
+    def __post_init__(self) -> None:
+        """Refuse bit widths that no grid here can hold."""
+        for field in ("weight_bits", "activation_bits", "first_last_bits"):
+            bits = getattr(self, field)
+            if not 2 <= bits <= 8:
+                raise SparkirError(f"{field} is {bits}; choose a whole number from 2 to 8")
+
+    @property
+    def label(self) -> str:
+        """The field's shorthand, such as `W4A8`."""
+        return f"W{self.weight_bits}A{self.activation_bits}"

@@ -1,0 +1,289 @@
+"""One run as data: what to train, on what, how. TOML in and out; unknown keys are refused."""
+
+from __future__ import annotations
+
+import difflib
+import tomllib
+from collections.abc import Mapping, Sequence
+from importlib import resources
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import tomli_w
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from sparkir.errors import SparkirError
+from sparkir.quant.spec import QuantSpec
+from sparkir.spark.weighting import weightings
+
+_RECIPES = resources.files("sparkir.recipes")
+
+
+class _Section(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
+
+
+class Data(_Section):
+    """Images to learn from and to be judged by."""
+
+    train: str
+    """Folder of clean images, of `input`/`target` pairs when `degradation` is `pairs`, or
+    `photographs:train` for the ones inside scikit-image."""
+    test: str
+    """The same for the images that are measured; never trained on."""
+    degradation: Literal["bicubic", "noise", "jpeg", "pairs"] = "bicubic"
+    """What makes the input from the clean image."""
+    scale: Literal[1, 2, 3, 4, 8] = 1
+    """Side of the output / side of the input, for `bicubic` and `pairs`."""
+    border: Literal["symmetric", "replicate"] = "symmetric"
+    """Border of the bicubic: today's MATLAB, or the older one of some benchmark files."""
+    sigma: tuple[float, float] | float = 25.0
+    """Noise in 8-bit levels, or a range to draw from."""
+    quality: tuple[int, int] | int = 40
+    """JPEG quality, or a range to draw from."""
+    patch_px: Annotated[int, Field(ge=8)] = 48
+    """Side of the input crops."""
+    batch: Annotated[int, Field(ge=1)] = 16
+    """Crops per step."""
+    skip_broken: bool = False
+    """Leave unreadable images out instead of stopping."""
+
+
+class Network(_Section):
+    """One network by name."""
+
+    model: str
+    """A name that `sparkir models` lists, or `package.module:function`."""
+    options: dict[str, Any] = {}
+    """The network's own options, such as width or scale."""
+    weights: str = ""
+    """Checkpoint file; `package:NAME` for one that ships; empty for fresh weights. For the
+    student, `teacher` copies the teacher's."""
+
+
+class Distill(_Section):
+    """What the student is pulled to besides the ground truth."""
+
+    norm: Literal["l1", "mse"] = "mse"
+    """Distance between the outputs."""
+    strength: Annotated[float, Field(gt=0)] = 1.0
+    """Factor of the distillation loss."""
+    target: Literal["teacher", "truth"] = "teacher"
+    """`truth` is the control: the same loss without a teacher's knowledge."""
+
+
+class WeightingChoice(_Section):
+    """Where the distillation counts."""
+
+    name: str = "uniform"
+    """A source of W; see `sparkir recipes --weightings`."""
+    options: dict[str, float] = {}
+    """The source's own options."""
+
+    @model_validator(mode="after")
+    def _known(self) -> WeightingChoice:
+        if self.name not in weightings():
+            raise ValueError(_unknown("weighting", self.name, weightings()))
+        return self
+
+
+class Train(_Section):
+    """How long and how fast."""
+
+    steps: Annotated[int, Field(ge=1)]
+    """Optimizer steps."""
+    optimizer: Literal["adam", "adamw"] = "adam"
+    """The student's optimizer."""
+    learning_rate: Annotated[float, Field(gt=0)] = 2e-4
+    """Of the network."""
+    grid_learning_rate: Annotated[float, Field(gt=0)] = 1e-3
+    """Of the grids' steps, as a share of themselves per step."""
+    weight_decay: Annotated[float, Field(ge=0)] = 0.0
+    """Of the network, not of the grids."""
+    schedule: Literal["cosine", "step", "constant"] = "cosine"
+    """Falls to 1 %, halves at every quarter, or stays."""
+    warmup: Annotated[int, Field(ge=0)] = 0
+    """Steps over which the rate rises."""
+    ema: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    """Decay of the moving average that becomes the result; 0 for none."""
+    clip_norm: Annotated[float, Field(ge=0)] = 0.0
+    """Largest gradient norm; 0 for no limit."""
+    precision: Literal["float32", "bfloat16", "auto"] = "float32"
+    """`auto` takes bfloat16 autocast where it is fast."""
+    calibration_images: Annotated[int, Field(ge=1)] = 32
+    """Training crops that set the grids before the first step."""
+    log_every: Annotated[int, Field(ge=1)] = 10
+    """Steps between two lines of the event stream."""
+    evaluate_every: Annotated[int, Field(ge=0)] = 0
+    """Steps between two evaluations; 0 for one at the end."""
+    checkpoint_every: Annotated[int, Field(ge=1)] = 100
+    """Steps between two checkpoints."""
+
+
+class Recipe(_Section):
+    """A whole run."""
+
+    name: str
+    """How the run calls itself."""
+    description: str = ""
+    """One line on what it is for."""
+    seed: int = 0
+    """Of fresh weights, of the data's order and of everything else that is random."""
+    data: Data
+    teacher: Network | None = None
+    student: Network
+    quant: QuantSpec | None = None
+    """None trains in floating point."""
+    distill: Distill | None = None
+    """None trains on the ground truth alone."""
+    weighting: WeightingChoice = WeightingChoice()
+    train: Train
+    metric: Literal["y", "rgb"] = "y"
+    """PSNR and SSIM on luma with a border of `scale` px cut off (the super-resolution
+    convention), or on RGB whole (denoising, low light, deblurring)."""
+    baselines: tuple[Literal["degraded", "teacher", "ptq-w8a8", "ptq", "qat"], ...] = ()
+    """Rows of the final table besides the student."""
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Recipe:
+        if self.distill is not None and self.teacher is None:
+            raise ValueError("distill needs a [teacher]; name one, or remove [distill]")
+        if self.distill is None and self.weighting != WeightingChoice():
+            raise ValueError("[weighting] weights a distillation; add [distill]")
+        if self.student.weights == "teacher" and self.teacher is None:
+            raise ValueError('student.weights = "teacher" needs a [teacher]')
+        if self.data.degradation == "bicubic" and self.data.scale == 1:
+            raise ValueError("bicubic needs data.scale = 2, 3, 4 or 8")
+        if self.quant is None and {"ptq-w8a8", "ptq", "qat"} & set(self.baselines):
+            raise ValueError("baselines with quantization need a [quant]")
+        if self.teacher is None and "teacher" in self.baselines:
+            raise ValueError('the baseline "teacher" needs a [teacher]')
+        return self
+
+    def to_toml(self) -> str:
+        """The recipe with every default written out."""
+        return tomli_w.dumps(_without_none(self.model_dump(mode="json")))
+
+
+def shipped() -> dict[str, str]:
+    """Every shipped recipe and its one-line description."""
+    names = sorted(p.name.removesuffix(".toml") for p in _RECIPES.iterdir() if _is_toml(p.name))
+    return {name: load(name).description for name in names}
+
+
+def load(name_or_path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
+    """Read a recipe by name or file, then apply overrides like `train.steps=100`.
+
+    Raises:
+        SparkirError: no such recipe, broken TOML, unknown key, or a value that does not fit; the
+            message names the key and, where one is near, the right one.
+    """
+    text, source = _read(str(name_or_path))
+    try:
+        values = tomllib.loads(text)
+    except tomllib.TOMLDecodeError as error:
+        raise SparkirError(f"{source} is not valid TOML: {error}") from error
+    for override in overrides:
+        _override(values, override)
+    return from_values(values, source)
+
+
+def from_values(values: Mapping[str, Any], source: str) -> Recipe:
+    """A recipe from plain values; errors speak of `source`."""
+    try:
+        return Recipe.model_validate(values)
+    except ValidationError as error:
+        problems = "; ".join(_explain(item) for item in error.errors())
+        raise SparkirError(f"{source}: {problems}") from error
+
+
+def differences(old: Recipe, new: Recipe) -> list[str]:
+    """The keys in which two recipes differ, as `key: old -> new`."""
+    before, after = _flat(old.model_dump(mode="json")), _flat(new.model_dump(mode="json"))
+    return [
+        f"{key}: {before.get(key)!r} -> {after.get(key)!r}"
+        for key in sorted(before.keys() | after.keys())
+        if before.get(key) != after.get(key)
+    ]
+
+
+def _is_toml(name: str) -> bool:
+    return name.endswith(".toml")
+
+
+def _read(name: str) -> tuple[str, str]:
+    path = Path(name)
+    if path.is_file():
+        try:
+            return path.read_text("utf-8"), name
+        except (OSError, UnicodeDecodeError) as error:
+            raise SparkirError(f"cannot read the recipe {name}: {error}") from error
+    known = [p.name.removesuffix(".toml") for p in _RECIPES.iterdir() if _is_toml(p.name)]
+    if name not in known:
+        raise SparkirError(f"no recipe file {name}; " + _unknown("recipe", name, known))
+    return (_RECIPES / f"{name}.toml").read_text("utf-8"), f"recipe {name}"
+
+
+def _override(values: dict[str, Any], override: str) -> None:
+    """Apply `a.b=value`; the value is read as TOML, and as plain text if it is none."""
+    key, equals, text = override.partition("=")
+    if not equals or not key:
+        raise SparkirError(f"--set {override!r} is not of the form key=value")
+    try:
+        value = tomllib.loads(f"value = {text}")["value"]
+    except tomllib.TOMLDecodeError:
+        value = text
+    *parents, last = key.split(".")
+    for parent in parents:
+        values = values.setdefault(parent, {})
+        if not isinstance(values, dict):
+            raise SparkirError(f"--set {override!r}: {parent} holds a value, not a section")
+    values[last] = value
+
+
+def _explain(error: Any) -> str:  # noqa: ANN401 - pydantic's own record
+    """One line for one of pydantic's errors."""
+    place = [str(part) for part in error["loc"]]
+    key = ".".join(place)
+    if error["type"] in ("extra_forbidden", "unexpected_keyword_argument"):
+        return _unknown("key", key, _keys_of(place[:-1]))
+    if error["type"] == "missing":
+        return f"{key} is missing"
+    message = error["msg"].removeprefix("Value error, ")
+    return f"{key} = {error['input']!r}: {message}" if key else message
+
+
+def _keys_of(place: Sequence[str]) -> list[str]:
+    """The full names of the keys of the section at `place`."""
+    section: Any = Recipe
+    for part in place:
+        annotation = section.model_fields[part].annotation
+        inner = [annotation, *getattr(annotation, "__args__", ())]
+        section = next(a for a in inner if hasattr(a, "model_fields") or a is QuantSpec)
+    names = section.model_fields if hasattr(section, "model_fields") else section.__annotations__
+    return [".".join([*place, name]) for name in names]
+
+
+def _unknown(what: str, name: str, known: Sequence[str]) -> str:
+    near = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
+    hint = f"did you mean {near[0]!r}?" if near else f"known: {', '.join(known)}"
+    return f"unknown {what} {name!r}; {hint}"
+
+
+def _flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for key, value in values.items():
+        if isinstance(value, Mapping) and value:
+            flat |= _flat(value, f"{prefix}{key}.")
+        else:
+            flat[prefix + key] = value
+    return flat
+
+
+def _without_none(values: dict[str, Any]) -> dict[str, Any]:
+    """TOML has no null; a missing section is what None means here."""
+    return {
+        key: _without_none(value) if isinstance(value, dict) else value
+        for key, value in values.items()
+        if value is not None
+    }

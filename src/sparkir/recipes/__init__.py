@@ -1,0 +1,1 @@
+"""Every shipped run, as TOML."""

@@ -1,0 +1,91 @@
+"""What the policy is rewarded for: one step with W against the same step without allocation."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float
+from torch import Tensor, optim
+
+from sparkir.spark.difficulty import _luma
+
+_SSIM_WINDOW_PX, _SSIM_SIGMA_PX = 11, 1.5
+
+
+@torch.no_grad()
+def psnr_db(image: Float[Tensor, "b c h w"], target: Float[Tensor, "b c h w"]) -> Float[Tensor, " b"]:
+    """PSNR of each image in dB, all channels, values in [0, 1], no rounding."""
+    error = (image.float() - target.float()).square().mean(dim=(1, 2, 3))
+    return -10 * error.clamp_min(1e-10).log10()
+
+
+@torch.no_grad()
+def ssim(image: Float[Tensor, "b c h w"], target: Float[Tensor, "b c h w"]) -> Float[Tensor, " b"]:
+    """SSIM of each image's luma, 11 x 11 Gaussian window, values in [0, 1]."""
+    a, b = _luma(image), _luma(target)
+    size = min(_SSIM_WINDOW_PX, *a.shape[-2:])
+    offsets = torch.arange(size, device=a.device) - (size - 1) / 2
+    window = torch.exp(-0.5 * (offsets / _SSIM_SIGMA_PX).square())
+    window = window / window.sum()
+
+    def blur(x: Tensor) -> Tensor:
+        return F.conv2d(F.conv2d(x, window.view(1, 1, -1, 1)), window.view(1, 1, 1, -1))
+
+    mean_a, mean_b = blur(a), blur(b)
+    var_a, var_b = blur(a * a) - mean_a.square(), blur(b * b) - mean_b.square()
+    covariance = blur(a * b) - mean_a * mean_b
+    luminance = (2 * mean_a * mean_b + 1e-4) / (mean_a.square() + mean_b.square() + 1e-4)
+    structure = (2 * covariance + 9e-4) / (var_a + var_b + 9e-4)
+    return (luminance * structure).mean(dim=(1, 2, 3))
+
+
+def reward(
+    with_weights: Float[Tensor, "b c h w"],
+    without: Float[Tensor, "b c h w"],
+    target: Float[Tensor, "b c h w"],
+    *,
+    alpha: float,
+    beta: float,
+) -> Float[Tensor, " b"]:
+    """SPARK eq. 1 for each image: alpha * dPSNR (dB) + beta * dSSIM.
+
+    Args:
+        with_weights: the student's output after a step with the policy's weights.
+        without: its output after the same step without spatial weighting.
+        target: the ground truth.
+        alpha: reward per dB.
+        beta: reward per unit of SSIM.
+    """
+    gain_db = psnr_db(with_weights, target) - psnr_db(without, target)
+    return alpha * gain_db + beta * (ssim(with_weights, target) - ssim(without, target))
+
+
+@contextmanager
+def undone(optimizer: optim.Optimizer) -> Iterator[None]:
+    """Whatever steps `optimizer` takes inside, its parameters and state are put back after.
+
+    For looking one step ahead: the counterfactual is a real step of the real optimizer.
+    """
+    parameters = [p for group in optimizer.param_groups for p in group["params"]]
+    saved = [p.detach().clone() for p in parameters]
+    gradients = [p.grad for p in parameters]
+    state = {p: _copied(optimizer.state[p]) for p in parameters if p in optimizer.state}
+    try:
+        yield
+    finally:
+        with torch.no_grad():
+            for parameter, value, gradient in zip(parameters, saved, gradients, strict=True):
+                parameter.copy_(value)
+                parameter.grad = gradient
+        for parameter in parameters:
+            optimizer.state.pop(parameter, None)
+            if parameter in state:
+                optimizer.state[parameter] = state[parameter]
+
+
+def _copied(state: dict[str, Any]) -> dict[str, Any]:
+    return {k: v.clone() if isinstance(v, Tensor) else v for k, v in state.items()}

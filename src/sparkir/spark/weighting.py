@@ -1,0 +1,220 @@
+"""Where W comes from: SPARK's policy, and the controls it has to beat.
+
+Every source maps (student, teacher, target) to a weight map over the image, which multiplies a
+per-location distillation loss. Most are fixed; `SparkPaper` learns.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float
+from torch import Tensor, nn, optim
+
+from sparkir.spark.difficulty import FEATURES, Standardize, difficulty_maps
+from sparkir.spark.policy import Action, Policy
+
+
+def to_pixels(weights: Float[Tensor, "b 1 g g"], size: tuple[int, int]) -> Float[Tensor, "b 1 h w"]:
+    """W on the grid -> W on the image.
+
+    unspecified in the paper: bilinear.
+    """
+    return F.interpolate(weights, size=size, mode="bilinear", align_corners=False)
+
+
+class Weighting(nn.Module):
+    """A source of W. Maps are detached and of shape (B, 1, H, W)."""
+
+    alpha, beta = 1.0, 10.0
+    """What a learning source's reward is made of: per dB of PSNR, and per unit of SSIM."""
+
+    def forward(
+        self,
+        student: Float[Tensor, "b c h w"],
+        teacher: Float[Tensor, "b c h w"],
+        target: Float[Tensor, "b c h w"],
+    ) -> Float[Tensor, "b 1 h w"]:
+        """The weight of every pixel; all images in [0, 1]."""
+        raise NotImplementedError
+
+    def learns_at(self, step: int) -> bool:
+        """Whether `learn` wants a reward for the map made at `step`."""
+        return False
+
+    def learn(self, reward: Float[Tensor, " b"]) -> dict[str, float]:
+        """Improve with the reward of the last map; returns what to log."""
+        raise NotImplementedError
+
+
+class Constant(Weighting):
+    """The same weight everywhere: 1 is plain distillation, SPARK's mean W its matched control."""
+
+    def __init__(self, value: float = 1.0) -> None:
+        """W = value."""
+        super().__init__()
+        self.value = value
+
+    def forward(self, student: Tensor, teacher: Tensor, target: Tensor) -> Tensor:
+        """W = value at every pixel."""
+        shape = (student.shape[0], 1, *student.shape[-2:])
+        return torch.full((1, 1, 1, 1), self.value, device=student.device).expand(shape)
+
+
+class Random(Weighting):
+    """Noise with the distribution of SPARK's W: what is left of it without the policy."""
+
+    def __init__(self, *, mean: float = 0.5, sigma: float = 0.2, grid: int = 8) -> None:
+        """W = clamp(N(mean, sigma)) per cell."""
+        super().__init__()
+        self.mean, self.sigma, self.grid = mean, sigma, grid
+
+    def forward(self, student: Tensor, teacher: Tensor, target: Tensor) -> Tensor:
+        """A fresh map for every image."""
+        shape = (student.shape[0], 1, self.grid, self.grid)
+        draw = self.mean + self.sigma * torch.randn(shape, device=student.device)
+        return to_pixels(draw.clamp(0, 1), (student.shape[-2], student.shape[-1]))
+
+
+class Fixed(Weighting):
+    """One difficulty signal, used as it is: SPARK without its policy."""
+
+    def __init__(
+        self, feature: str, *, mean: float = 0.5, sigma: float = 0.2, grid: int = 8
+    ) -> None:
+        """W = clamp(mean + sigma * the standardized feature) per cell."""
+        super().__init__()
+        self.index = FEATURES.index(feature)
+        self.mean, self.sigma, self.grid = mean, sigma, grid
+        self.standardize = Standardize()
+
+    def forward(self, student: Tensor, teacher: Tensor, target: Tensor) -> Tensor:
+        """More weight where the feature is high."""
+        maps = difficulty_maps(student, teacher, target, grid=self.grid)
+        signal = self.standardize(maps)[:, self.index : self.index + 1]
+        weights = (self.mean + self.sigma * signal).clamp(0, 1)
+        return to_pixels(weights, (student.shape[-2], student.shape[-1]))
+
+
+class Confidence(Weighting):
+    """Less weight where the teacher is wrong: clip(exp(-10 |T - G|), 0.1, 0.75) (2604.20291)."""
+
+    @torch.no_grad()
+    def forward(self, student: Tensor, teacher: Tensor, target: Tensor) -> Tensor:
+        """Per pixel, from the mean error over channels."""
+        error = (teacher - target).abs().mean(1, keepdim=True)
+        return (-10 * error).exp().clamp(0.10, 0.75)
+
+
+class SparkPaper(Weighting):
+    """SPARK as published (arXiv 2606.15243), REINFORCE on the 8 x 8 grid.
+
+    Lines marked `unspecified in the paper` are our choices; all of them are arguments.
+    """
+
+    def __init__(
+        self,
+        *,
+        grid: int = 8,
+        sigma: float = 0.2,
+        reward_every: int = 8,
+        learning_rate: float = 1e-3,
+        entropy_bonus: float = 1e-2,
+        alpha: float = 1.0,
+        beta: float = 10.0,
+    ) -> None:
+        """Make an untrained policy.
+
+        Args:
+            grid: cells per side.
+            sigma: the policy's first standard deviation.
+            reward_every: steps between two rewards, each of which costs about one more step.
+            learning_rate: of the policy's Adam.
+            entropy_bonus: reward for staying random, per nat and cell.
+            alpha: reward per dB of PSNR gained.
+            beta: reward per unit of SSIM gained.
+        """
+        super().__init__()
+        self.grid, self.reward_every, self.entropy_bonus = grid, reward_every, entropy_bonus
+        self.alpha, self.beta = alpha, beta
+        self.standardize = Standardize()
+        self.policy = Policy(sigma=sigma)
+        self.optimizer = optim.Adam(self.policy.parameters(), lr=learning_rate)
+        self._action: Action | None = None
+
+    def forward(self, student: Tensor, teacher: Tensor, target: Tensor) -> Tensor:
+        """Draw W from the policy; in evaluation its mean."""
+        maps = difficulty_maps(student, teacher, target, grid=self.grid)
+        features = self.standardize(maps)
+        if self.training:
+            self._action = self.policy.act(features)
+            weights = self._action.weights
+        else:
+            with torch.no_grad():
+                weights = self.policy(features)[0].clamp(0, 1)
+        return to_pixels(weights, (student.shape[-2], student.shape[-1]))
+
+    def learns_at(self, step: int) -> bool:
+        """Every `reward_every`-th step, unspecified in the paper."""
+        return step % self.reward_every == 0
+
+    def learn(self, reward: Float[Tensor, " b"]) -> dict[str, float]:
+        """One REINFORCE step on the last draw.
+
+        unspecified in the paper: the estimator, the baseline (the batch's mean, divided by its
+        deviation), the entropy bonus and the optimizer.
+        """
+        action = self._action
+        assert action is not None, "learn follows a forward in training"
+        deviation = reward.std(unbiased=False)
+        advantage = (reward - reward.mean()) / (deviation + 1e-8)
+        log_probability = self.policy.log_probability(action)
+        cells = action.sample[0].numel()
+        gain = (advantage.detach() * log_probability).mean() / cells
+        loss = -(gain + self.entropy_bonus * self.policy.entropy())
+        self.optimizer.zero_grad()
+        loss.backward()
+        self.optimizer.step()
+        return {
+            "reward": float(reward.mean()),
+            "reward_deviation": float(deviation),
+            "advantage_max": float(advantage.abs().max()),
+            "log_probability": float(log_probability.detach().mean()),
+            "policy_loss": float(loss.detach()),
+            "entropy": float(self.policy.entropy().detach()),
+            "sigma": float(self.policy.log_sigma.detach().exp()),
+        }
+
+    def get_extra_state(self) -> dict[str, object]:
+        """The policy's optimizer travels with it."""
+        return {"optimizer": self.optimizer.state_dict()}
+
+    def set_extra_state(self, state: dict[str, object]) -> None:
+        """Restore the policy's optimizer."""
+        self.optimizer.load_state_dict(state["optimizer"])  # type: ignore[arg-type]
+
+
+_SOURCES: dict[str, Callable[..., Weighting]] = {
+    "uniform": Constant,
+    "constant": Constant,
+    "random": Random,
+    "confidence": Confidence,
+    "spark-paper": SparkPaper,
+} | {f"fixed:{name}": (lambda name=name, **options: Fixed(name, **options)) for name in FEATURES}
+
+
+def weightings() -> tuple[str, ...]:
+    """The names that `weighting` knows."""
+    return tuple(_SOURCES)
+
+
+def weighting(name: str, **options: float) -> Weighting:
+    """A source of W by name, with its own options.
+
+    Raises:
+        KeyError: no such source.
+        TypeError: an option that the source does not have.
+    """
+    return _SOURCES[name](**options)

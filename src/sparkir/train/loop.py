@@ -1,0 +1,211 @@
+"""The training loop, in the order of the algorithm."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from sparkir.distill.task import DistillationTask, StepLosses
+from sparkir.errors import SparkirError
+from sparkir.spark.reward import reward, undone
+from sparkir.spark.weighting import Weighting
+from sparkir.train.optimize import Schedule, rate_factor, set_rates
+from sparkir.train.state import TrainState
+
+Report = Callable[[dict[str, Any]], None]
+"""Receives events: flat dictionaries with a `kind`."""
+
+
+class Interrupted(Exception):  # noqa: N818 - it is no error
+    """The run was asked to stop, and did so after saving its state."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class LoopSettings:
+    """How long, and how often."""
+
+    steps: int
+    schedule: Schedule = "cosine"
+    warmup: int = 0
+    clip_norm: float = 0.0
+    """Largest gradient norm; 0 for no limit."""
+    bfloat16: bool = False
+    log_every: int = 10
+    evaluate_every: int = 0
+    """0: not before the end."""
+    checkpoint_every: int = 100
+
+
+def train(
+    task: DistillationTask,
+    state: TrainState,
+    settings: LoopSettings,
+    *,
+    checkpoint: Path,
+    evaluate: Callable[[nn.Module], float],
+    report: Report,
+    stop_requested: Callable[[], bool] = lambda: False,
+) -> None:
+    """Train `task.student` from `state.step` to the end.
+
+    Args:
+        task: the losses.
+        state: advanced in place; holds the same student and weighting as `task`.
+        settings: how long and how often.
+        checkpoint: where the state is saved, and a second file `best.pt` beside it.
+        evaluate: PSNR in dB of a network on the validation images.
+        report: receives `step`, `policy`, `evaluation` and `checkpoint` events.
+        stop_requested: asked after each step; when true, the state is saved and `Interrupted`
+            raised.
+
+    Raises:
+        SparkirError: the loss or a gradient is no longer finite; the last checkpoint is good.
+        Interrupted: see `stop_requested`.
+    """
+    device = next(task.student.parameters()).device
+    weighting, optimizer = task.weighting, state.optimizer
+    trained = [p for group in optimizer.param_groups for p in group["params"]]
+    task.train()
+
+    while state.step < settings.steps:
+        step = state.step
+        lq, gt = (_to_unit_range(images, device) for images in state.sampler.next())
+        set_rates(optimizer, _rate_factor(step, settings))
+
+        with torch.autocast(device.type, torch.bfloat16, enabled=settings.bfloat16):
+            losses = task(lq, gt)
+        loss = losses.total()
+
+        learning = weighting.learns_at(step) and losses.distance is not None
+        if learning:  # the same step without spatial allocation, taken and undone
+            other = torch.autograd.grad(
+                losses.total_without_allocation(), trained, retain_graph=True, allow_unused=True
+            )
+        optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        norm = _checked_norm(trained, loss, step, settings, checkpoint)
+        if learning:
+            without = _output_after(other, task, lq, optimizer, trained, settings)
+        optimizer.step()
+        if learning:
+            _learn(weighting, _output(task, lq, settings), without, gt, step, report)
+        if state.average is not None:
+            state.average.update_parameters(task.student)
+
+        state.step += 1
+        if state.step % settings.log_every == 0 or state.step == settings.steps:
+            report({"kind": "step", "step": state.step} | _summary(losses, loss, norm, optimizer))
+        if _is_due(state.step, settings.evaluate_every, settings.steps):
+            _evaluate(state, evaluate, checkpoint, report)
+        stopping = stop_requested() and state.step < settings.steps
+        if stopping or _is_due(state.step, settings.checkpoint_every, settings.steps):
+            state.save(checkpoint)
+            report({"kind": "checkpoint", "step": state.step, "path": checkpoint.name})
+        if stopping:
+            raise Interrupted
+
+
+def _to_unit_range(images: Tensor, device: torch.device) -> Tensor:
+    """uint8 -> float32 in [0, 1]."""
+    return images.to(device).float() / 255
+
+
+def _rate_factor(step: int, settings: LoopSettings) -> float:
+    return rate_factor(
+        step, steps=settings.steps, schedule=settings.schedule, warmup=settings.warmup
+    )
+
+
+def _checked_norm(
+    trained: Iterable[Tensor],
+    loss: Tensor,
+    step: int,
+    settings: LoopSettings,
+    checkpoint: Path,
+) -> float:
+    """Clip the gradients, return their norm; refuse to step on anything that is not finite."""
+    limit = settings.clip_norm or float("inf")
+    norm = float(torch.nn.utils.clip_grad_norm_(list(trained), limit))
+    if torch.isfinite(loss) and norm < float("inf"):
+        return norm
+    kept = f"the last good state is {checkpoint}" if checkpoint.exists() else "nothing was saved"
+    raise SparkirError(
+        f"the loss is {float(loss.detach())} and the gradient norm {norm} at step {step}; {kept}. "
+        "Lower train.learning_rate or set train.clip_norm"
+    )
+
+
+def _output_after(
+    gradients: Iterable[Tensor | None],
+    task: DistillationTask,
+    lq: Tensor,
+    optimizer: torch.optim.Optimizer,
+    trained: list[Tensor],
+    settings: LoopSettings,
+) -> Tensor:
+    """The student's output after a step with `gradients`, which is then undone."""
+    with undone(optimizer):
+        for parameter, gradient in zip(trained, gradients, strict=True):
+            parameter.grad = gradient
+        if settings.clip_norm:
+            torch.nn.utils.clip_grad_norm_(trained, settings.clip_norm)
+        optimizer.step()
+        return _output(task, lq, settings)
+
+
+@torch.no_grad()
+def _output(task: DistillationTask, lq: Tensor, settings: LoopSettings) -> Tensor:
+    with torch.autocast(lq.device.type, torch.bfloat16, enabled=settings.bfloat16):
+        return task.run_student(lq)
+
+
+def _learn(
+    weighting: Weighting,
+    output: Tensor,
+    without: Tensor,
+    gt: Tensor,
+    step: int,
+    report: Report,
+) -> None:
+    gain = reward(output, without, gt, alpha=weighting.alpha, beta=weighting.beta)
+    report({"kind": "policy", "step": step} | weighting.learn(gain))
+
+
+def _summary(
+    losses: StepLosses, loss: Tensor, norm: float, optimizer: torch.optim.Optimizer
+) -> dict[str, float]:
+    summary = {
+        "loss": float(loss.detach()),
+        "reconstruction": float(losses.reconstruction.detach()),
+        "distillation": float(losses.distillation().detach()),
+        "gradient_norm": norm,
+        "learning_rate": optimizer.param_groups[0]["lr"],
+    }
+    if losses.weights is not None:
+        summary["mean_weight"] = float(losses.weights.mean())
+        summary["weight_deviation"] = float(losses.weights.std())
+    return summary
+
+
+def _is_due(step: int, every: int, steps: int) -> bool:
+    return step == steps or (every > 0 and step % every == 0)
+
+
+def _evaluate(
+    state: TrainState,
+    evaluate: Callable[[nn.Module], float],
+    checkpoint: Path,
+    report: Report,
+) -> None:
+    network: nn.Module = state.student if state.average is None else state.average.module
+    psnr_db = evaluate(network)
+    is_best = psnr_db > state.best.get("psnr_db", float("-inf"))
+    if is_best:
+        state.best = {"step": float(state.step), "psnr_db": psnr_db}
+        state.save(checkpoint.with_name("best.pt"))
+    report({"kind": "evaluation", "step": state.step, "psnr_db": psnr_db, "best": is_best})

@@ -1,0 +1,80 @@
+"""Optimizer, schedule and average: what the loop needs to take a step."""
+
+from __future__ import annotations
+
+import math
+from typing import Literal
+
+import torch
+from torch import nn, optim
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+
+Schedule = Literal["cosine", "step", "constant"]
+_STEP_EVERY, _STEP_FACTOR = 0.25, 0.5
+_FLOOR = 0.01
+
+
+def build_optimizer(
+    student: nn.Module,
+    *,
+    name: Literal["adam", "adamw"],
+    learning_rate: float,
+    grid_learning_rate: float,
+    weight_decay: float,
+) -> optim.Optimizer:
+    """Adam or AdamW with two groups: the network, and the steps of its grids.
+
+    Grid steps are logarithms, so their rate is a share per step; decay would shrink the grids.
+    """
+    grids, network = [], []
+    for parameter_name, parameter in student.named_parameters():
+        if parameter.requires_grad:
+            (grids if parameter_name.endswith("log_scale") else network).append(parameter)
+    groups = [
+        {"params": network, "lr": learning_rate, "weight_decay": weight_decay},
+        {"params": grids, "lr": grid_learning_rate, "weight_decay": 0.0},
+    ]
+    kind = {"adam": optim.Adam, "adamw": optim.AdamW}[name]
+    optimizer = kind([group for group in groups if group["params"]])
+    for group in optimizer.param_groups:
+        group["initial_lr"] = group["lr"]
+    return optimizer
+
+
+def rate_factor(step: int, *, steps: int, schedule: Schedule, warmup: int) -> float:
+    """What the learning rates are multiplied by at `step` of `steps`.
+
+    `cosine` falls to 1 %; `step` halves at every quarter; both rise linearly over `warmup` steps.
+    """
+    rise = min(1.0, (step + 1) / (warmup + 1))
+    done = step / max(1, steps)
+    if schedule == "cosine":
+        return rise * (_FLOOR + (1 - _FLOOR) * 0.5 * (1 + math.cos(math.pi * done)))
+    if schedule == "step":
+        return rise * _STEP_FACTOR ** int(done / _STEP_EVERY)
+    return rise
+
+
+def set_rates(optimizer: optim.Optimizer, factor: float) -> None:
+    """Scale every group's learning rate from where it started."""
+    for group in optimizer.param_groups:
+        group["lr"] = group["initial_lr"] * factor
+
+
+def build_average(student: nn.Module, decay: float) -> AveragedModel | None:
+    """The student's exponential moving average; None when `decay` is 0."""
+    if decay == 0:
+        return None
+    average = AveragedModel(
+        student, multi_avg_fn=get_ema_multi_avg_fn(decay), use_buffers=False
+    )
+    average.module.facts = student.facts
+    return average
+
+
+def fast_precision(device: torch.device) -> bool:
+    """Whether bfloat16 is fast on `device`."""
+    if device.type == "cuda":
+        return torch.cuda.is_bf16_supported()
+    capabilities = getattr(torch.cpu, "get_capabilities", dict)()
+    return bool(capabilities.get("amx_bf16") or capabilities.get("avx512_bf16"))

@@ -1,0 +1,89 @@
+"""What every network must do, whatever its architecture."""
+
+import pytest
+import torch
+
+from sparkir.models.facts import restore
+from sparkir.models.registry import build
+
+SMALL = {
+    "srcnn": {},
+    "srcnn x1": {"scale": 1},
+    "srcnn x3 luma": {"scale": 3, "channels": 1},
+    "rfdn": {"width": 8, "blocks": 2},
+    "rfdn x2": {"width": 8, "blocks": 1, "scale": 2, "value_range": 1.0},
+    "dncnn": {"depth": 4, "width": 4},
+    "dncnn shallowest": {"depth": 2, "width": 4, "channels": 3},
+    "edsr x1": {"width": 4, "blocks": 2, "scale": 1},
+    "edsr x2": {"width": 4, "blocks": 1, "scale": 2, "res_scale": 0.1},
+    "edsr x3": {"width": 4, "blocks": 2, "scale": 3},
+    "edsr x4": {"width": 4, "blocks": 3, "scale": 4},
+    "edsr x8": {"width": 4, "blocks": 1, "scale": 8},
+}
+
+
+@pytest.fixture(params=SMALL)
+def network(request):
+    torch.manual_seed(0)
+    return build(request.param.split()[0], **SMALL[request.param]).eval()
+
+
+def test_output_is_scale_times_the_input(network):
+    facts = network.facts
+    for batch, height, width in [(2, 16, 19), (1, 15, 15)]:
+        restored = restore(network, torch.rand(batch, facts.channels, height, width))
+        assert restored.shape == (
+            batch,
+            facts.channels,
+            facts.scale * height,
+            facts.scale * width,
+        )
+
+
+def test_traced_network_computes_the_same_at_another_size(network):
+    traced = torch.fx.symbolic_trace(network)
+    for size in [(16, 20), (31, 15)]:
+        x = torch.rand(1, network.facts.channels, *size) * network.facts.value_range
+        torch.testing.assert_close(traced(x), network(x), rtol=0, atol=0)
+
+
+def test_every_parameter_is_used(network):
+    x = torch.rand(1, network.facts.channels, 24, 24) * network.facts.value_range
+    network(x).square().sum().backward()
+    assert [name for name, p in network.named_parameters() if p.grad is None] == []
+
+
+def test_taps_are_submodules_that_give_features_in_the_order_named(network):
+    seen = []
+    for name in network.facts.taps:
+        network.get_submodule(name).register_forward_hook(
+            lambda _module, _inputs, output, name=name: seen.append((name, output.dim()))
+        )
+    network(torch.rand(1, network.facts.channels, 16, 16))
+    assert seen == [(name, 4) for name in network.facts.taps]
+    assert seen
+
+
+def test_halo_is_how_far_an_output_pixel_sees(network):
+    reach = _reach_px(network)
+    if network.facts.name == "rfdn":  # plus a margin for its attention, which is switched off here
+        assert reach == network.facts.halo_px - 13
+    else:
+        assert network.facts.halo_px - 1 <= reach <= network.facts.halo_px
+
+
+def _reach_px(network):
+    """The farthest input pixel, in rows or columns, with any influence on one pixel's outputs."""
+    for name, parameter in network.named_parameters():
+        parameter.data = parameter.data.double().abs() + 0.01  # nothing cancels, no ReLU is shut
+        if name.endswith("esa.conv4.weight"):
+            parameter.data.zero_()  # a constant mask
+    network.double()
+    centre, scale = network.facts.halo_px + 2, network.facts.scale
+    size = 2 * centre + 1
+    x = torch.full((1, network.facts.channels, size, size), 200.0, dtype=torch.float64)
+    x.requires_grad_()
+    block = slice(centre * scale, (centre + 1) * scale)
+    network(x)[0, :, block, block].sum().backward()
+    rows, columns = x.grad.abs().sum((0, 1)).nonzero().T
+    return int(max((rows - centre).abs().max(), (columns - centre).abs().max()))

@@ -1,0 +1,33 @@
+import pytest
+import torch
+
+from sparkir.errors import SparkirError
+from sparkir.models.checkpoint import load_weights
+from sparkir.models.facts import restore
+from sparkir.models.rfdn import RFDN
+
+
+@pytest.mark.data
+def test_published_weights_load_unchanged(development_data):
+    path = development_data / "weights/RFDN/RFDN_AIM.pth"
+    network = RFDN()
+    load_weights(network, path)
+    published = torch.load(path, weights_only=True)
+    loaded = network.state_dict()
+    assert list(loaded) == list(published)
+    assert all(torch.equal(loaded[name], published[name]) for name in published)
+
+
+def test_smallest_size_is_the_one_in_the_facts():
+    network = RFDN(width=8, blocks=1)
+    smallest = network.facts.min_size_px
+    assert network(torch.rand(1, 3, smallest, smallest)).shape[-1] == 4 * smallest
+    with pytest.raises(RuntimeError):
+        network(torch.rand(1, 3, smallest, smallest - 1))
+    with pytest.raises(SparkirError, match="at least 15 x 15 px"):
+        restore(network, torch.rand(1, 3, smallest - 1, smallest))
+
+
+def test_width_too_small_for_the_attention_is_refused():
+    with pytest.raises(SparkirError, match="width >= 4"):
+        RFDN(width=3)
