@@ -133,9 +133,7 @@ def build_student(recipe: Recipe, teacher: nn.Module | None) -> nn.Module:
 def quantize_student(student: nn.Module, spec: QuantSpec, crops: list[Tensor]) -> nn.Module:
     """The student with its grids in place, set by `crops` (B, C, H, W) in [0, 1]."""
     prepared = prepare(student, spec)
-    calibrate(
-        prepared, (c * facts_of(student).value_range for c in crops), method=spec.calibration
-    )
+    calibrate(prepared, (c * facts_of(student).value_range for c in crops), method=spec.calibration)
     return prepared
 
 
@@ -258,6 +256,4 @@ def train_student(
 
 
 def _bfloat16(precision: str) -> bool:
-    return precision == "bfloat16" or (
-        precision == "auto" and fast_precision(torch.device("cpu"))
-    )
+    return precision == "bfloat16" or (precision == "auto" and fast_precision(torch.device("cpu")))

@@ -86,9 +86,7 @@ class DistillationTask(nn.Module):
         """The frozen teacher, if there is one."""
         return self._teacher[0] if self._teacher else None
 
-    def forward(
-        self, lq: Float[Tensor, "b c h w"], gt: Float[Tensor, "b c H W"]
-    ) -> StepLosses:
+    def forward(self, lq: Float[Tensor, "b c h w"], gt: Float[Tensor, "b c H W"]) -> StepLosses:
         """Run student and teacher on `lq`; both images in [0, 1]."""
         output = self.run_student(lq)
         teacher = distance = weights = None

@@ -81,6 +81,9 @@ REASONS: dict[Any, str] = {
     nn.Softmax: "an exponential needs more than 8 bits",
     F.interpolate: "interpolation makes values between grid points",
     operator.sub: "ONNX Runtime has no integer subtraction",
+    torch.sub: "ONNX Runtime has no integer subtraction",
+    F.conv2d: "its weights are constants, not a layer's",
+    F.pad: "only zero padding, inside a convolution, has an integer kernel",
 }
 
 
@@ -194,6 +197,8 @@ def _kind(node: fx.Node, network: fx.GraphModule, varying: set[fx.Node]) -> Kind
 
 def reason_for_float(node: fx.Node, network: fx.GraphModule) -> str:
     """Why an operation stays in floating point."""
+    if _FUNCTIONS.get(node.target) in (Kind.ADD, Kind.MULTIPLY):
+        return "one of its operands is a constant"
     if node.op != "call_module":
         return REASONS.get(node.target, "no integer kernel is known for it")
     module = network.get_submodule(str(node.target))

@@ -31,9 +31,7 @@ class QuantLayer(nn.Module):
         """Take over the parameters of `layer`."""
         super().__init__()
         self.weight, self.bias = layer.weight, layer.bias
-        self.weight_quantizer = WeightQuantizer(
-            layer.weight.shape[0], bits=bits, learned=learned
-        )
+        self.weight_quantizer = WeightQuantizer(layer.weight.shape[0], bits=bits, learned=learned)
 
     def integers(self, input_scale: Tensor) -> tuple[Tensor, Tensor | None, Tensor]:
         """(weight, bias, step of the sums (C_out,)), all whole numbers but the last.

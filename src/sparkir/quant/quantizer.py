@@ -174,5 +174,3 @@ class WeightQuantizer(nn.Module):
     def calibrate(self, weight: Tensor, method: Literal["mse", "percentile", "minmax"]) -> None:
         """Fit the steps to `weight` (C_out, ...)."""
         self.log_scale.copy_(fit_weight_scale(weight, bits=self.bits, method=method).log())
-
-

@@ -17,7 +17,9 @@ _SSIM_WINDOW_PX, _SSIM_SIGMA_PX = 11, 1.5
 
 
 @torch.no_grad()
-def psnr_db(image: Float[Tensor, "b c h w"], target: Float[Tensor, "b c h w"]) -> Float[Tensor, " b"]:
+def psnr_db(
+    image: Float[Tensor, "b c h w"], target: Float[Tensor, "b c h w"]
+) -> Float[Tensor, " b"]:
     """PSNR of each image in dB, all channels, values in [0, 1], no rounding."""
     error = (image.float() - target.float()).square().mean(dim=(1, 2, 3))
     return -10 * error.clamp_min(1e-10).log10()

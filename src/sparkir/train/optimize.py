@@ -65,9 +65,7 @@ def build_average(student: nn.Module, decay: float) -> AveragedModel | None:
     """The student's exponential moving average; None when `decay` is 0."""
     if decay == 0:
         return None
-    average = AveragedModel(
-        student, multi_avg_fn=get_ema_multi_avg_fn(decay), use_buffers=False
-    )
+    average = AveragedModel(student, multi_avg_fn=get_ema_multi_avg_fn(decay), use_buffers=False)
     average.module.facts = student.facts
     return average
 

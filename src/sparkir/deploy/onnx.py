@@ -1,0 +1,132 @@
+"""An integer network as an ONNX file that ONNX Runtime runs on integer kernels."""
+
+from __future__ import annotations
+
+import io
+import json
+import logging
+import warnings
+from collections.abc import Callable, Mapping
+from contextlib import contextmanager, redirect_stdout
+from dataclasses import asdict
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import fx
+
+from sparkir.deploy.qdq import grid_calls, to_qdq
+from sparkir.errors import SparkirError
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    import onnx
+
+OPSET = 21
+EXAMPLE_PX = 64
+
+
+def require_onnx() -> None:
+    """Say how to install what export needs, if it is missing."""
+    try:
+        import onnx  # noqa: F401
+        import onnxruntime  # noqa: F401
+        import onnxscript  # noqa: F401
+    except ImportError as error:
+        raise SparkirError(
+            f'export needs {error.name}, which is not installed: pip install "sparkir[onnx]"'
+        ) from error
+
+
+def to_onnx(frozen: fx.GraphModule, metadata: Mapping[str, str] | None = None) -> onnx.ModelProto:
+    """The QDQ model of an integer network, with dynamic batch, height and width.
+
+    Input `lq` (N, C, H, W) and output `restored` (N, C, sH, sW) are float32 in the network's
+    value range; the file's metadata says which. Every quantize node is named after its grid.
+
+    Raises:
+        SparkirError: the ONNX packages are not installed.
+    """
+    require_onnx()
+    import onnx
+
+    facts = frozen.facts
+    size = torch.export.Dim.DYNAMIC
+    example = torch.zeros(2, facts.channels, EXAMPLE_PX, EXAMPLE_PX + 8)
+    with _quiet():
+        program = torch.onnx.export(
+            to_qdq(frozen),
+            (example,),
+            dynamo=True,
+            opset_version=OPSET,
+            input_names=["lq"],
+            output_names=["restored"],
+            dynamic_shapes=({0: size, 2: size, 3: size},),
+            custom_translation_table=_translations(),
+            verbose=False,
+        )
+    assert program is not None
+    model = program.model_proto
+    _strip_traces(model)
+    _name_after_grids(model, frozen)
+    facts_text = {"facts": json.dumps(asdict(facts)), "quantization": frozen.placement.spec.label}
+    onnx.helper.set_model_props(model, {**facts_text, **(metadata or {})})
+    onnx.checker.check_model(model, full_check=True)
+    return model
+
+
+def _translations() -> dict[Any, Callable[..., Any]]:
+    """How the two operations of the QDQ form are written in ONNX."""
+    from onnxscript import opset21 as op
+
+    def write_qdq(x: Any, scale: Any, zero: Any, top: int) -> Any:  # noqa: ANN401
+        stored = op.QuantizeLinear(x, scale, zero)
+        if top < 255:  # a narrower grid in bytes
+            low, high = (op.Cast(op.Constant(value_int=v), to=2) for v in (0, top))
+            stored = op.Clip(stored, low, high)
+        return op.DequantizeLinear(stored, scale, zero)
+
+    def write_dequantize(ints: Any, scale: Any) -> Any:  # noqa: ANN401
+        return op.DequantizeLinear(ints, scale, axis=0)
+
+    return {
+        torch.ops.sparkir.qdq.default: write_qdq,
+        torch.ops.sparkir.dequantize.default: write_dequantize,
+    }
+
+
+def _strip_traces(model: onnx.ModelProto) -> None:
+    """Remove what the exporter notes for debugging; it names source files and outweighs weights."""
+    for node in model.graph.node:
+        node.ClearField("metadata_props")
+        node.ClearField("doc_string")
+    for item in (*model.graph.input, *model.graph.output, *model.graph.initializer):
+        item.ClearField("metadata_props")
+    model.graph.ClearField("value_info")
+    model.graph.ClearField("metadata_props")
+    model.ClearField("metadata_props")
+
+
+def _name_after_grids(model: onnx.ModelProto, frozen: fx.GraphModule) -> None:
+    """Name each quantize node after the call that it came from; both are in order of execution."""
+    calls = grid_calls(frozen)
+    nodes = [node for node in model.graph.node if node.op_type == "QuantizeLinear"]
+    assert len(nodes) == len(calls), f"{len(nodes)} quantize nodes for {len(calls)} grids"
+    for node, call in zip(nodes, calls, strict=True):
+        node.name = call.name
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Keep the exporter's progress, advice and deprecations of its own off the terminal."""
+    loggers = [logging.getLogger(name) for name in ("torch.onnx", "torch.export", "onnxscript")]
+    levels = [logger.level for logger in loggers]
+    for logger in loggers:
+        logger.setLevel(logging.ERROR)
+    try:
+        with warnings.catch_warnings(), redirect_stdout(io.StringIO()):
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        for logger, level in zip(loggers, levels, strict=True):
+            logger.setLevel(level)

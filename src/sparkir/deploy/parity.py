@@ -1,0 +1,212 @@
+"""The gate: a file is only written if the runtime shows the same pixels as the integer network.
+
+Values that differ once spread through a network, so that comparing only the final image cannot
+tell a fault from a rounding. Every layer is therefore given the runtime's own input and compared
+alone; the final image is compared too, as a user will see it.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from torch import Tensor, fx
+
+from sparkir.deploy.qdq import grid_calls
+from sparkir.deploy.runtime import Fusion, fusion_of, open_session, run_session
+from sparkir.errors import SparkirError
+from sparkir.quant.arithmetic import Quantized
+from sparkir.quant.layers import AbsorbedReLU
+from sparkir.quant.reference import IntegerLayer, IntegerQuantizer
+
+if TYPE_CHECKING:
+    import onnx
+
+LARGEST_SHARE = 1e-4
+"""Of pixels in the final image that may differ, by one level."""
+LARGEST_SHARE_ELSEWHERE = 1e-5
+"""Of values that may differ by one level where no convolution is involved (additions, tables)."""
+
+
+@dataclass(frozen=True)
+class LayerParity:
+    """How often one grid's values differ when both sides get the same input."""
+
+    name: str
+    is_layer: bool
+    """Whether a convolution or linear layer made the values."""
+    differing: int
+    total: int
+    largest: int
+    """Largest difference, in levels of the grid."""
+
+    @property
+    def passes(self) -> bool:
+        """Layers are exact; the rest may round one value in 100,000 the other way."""
+        if self.is_layer:
+            return self.differing == 0
+        return self.largest <= 1 and self.differing <= max(1, LARGEST_SHARE_ELSEWHERE * self.total)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Parity:
+    """What the comparison found."""
+
+    layers: list[LayerParity]
+    """In order of execution, worst case over the images."""
+    differing_pixels: int
+    pixels: int
+    largest_level: int
+    """Largest difference in the final image, in levels of 255."""
+    fusion: Fusion
+    grids: int
+    """QDQ pairs in the file, as many as the network has quantizer calls."""
+    failures: list[str] = field(default_factory=list)
+
+    def summary(self) -> str:
+        """One line for the user."""
+        exact = sum(layer.differing == 0 for layer in self.layers)
+        convolutions = sum(
+            count
+            for kind, count in self.fusion.integer.items()
+            if kind in ("QLinearConv", "QLinearMatMul", "QGemm")
+        )
+        return (
+            f"{convolutions} layers run as integer kernels, {len(self.fusion.float_layers)} in "
+            f"float; {exact} of {len(self.layers)} grids bit for bit; final image: "
+            f"{self.differing_pixels} of {self.pixels} values differ"
+        )
+
+
+def check_parity(
+    model: onnx.ModelProto, frozen: fx.GraphModule, images: Sequence[Tensor]
+) -> Parity:
+    """Compare the runtime with the integer network on `images` (1, C, H, W), value range its own.
+
+    Nothing is raised; `failures` says what is wrong, the first diverging layer first.
+    """
+    calls = grid_calls(frozen)
+    session = open_session(_with_grids_as_outputs(model).SerializeToString())
+    plain = open_session(model.SerializeToString())
+    worst: dict[str, LayerParity] = {}
+    differing = pixels = largest = 0
+    step = frozen.facts.value_range / 255
+    for image in images:
+        _, *stored = run_session(session, image.numpy())
+        bytes_of = dict(zip((call.name for call in calls), stored, strict=True))
+        for layer in _teacher_forced(frozen, image, bytes_of):
+            worst[layer.name] = max(
+                worst.get(layer.name, layer), layer, key=lambda one: (one.differing, one.total)
+            )
+        with torch.inference_mode():
+            expected = frozen(image)
+        # Measured on the untouched file: extra outputs could change how it is optimised.
+        (result,) = run_session(plain, image.numpy())
+        levels = ((torch.from_numpy(result) - expected) / step).round().abs()
+        differing += int((levels > 0).sum())
+        pixels += levels.numel()
+        largest = max(largest, int(levels.max()))
+    fusion = fusion_of(model)
+    layers = list(worst.values())
+    return Parity(
+        layers=layers,
+        differing_pixels=differing,
+        pixels=pixels,
+        largest_level=largest,
+        fusion=fusion,
+        grids=len(calls),
+        failures=_failures(layers, differing, pixels, largest),
+    )
+
+
+def require_parity(parity: Parity) -> None:
+    """Refuse a file that shows other pixels than the network that was trained.
+
+    Raises:
+        SparkirError: naming the first layer that diverges.
+    """
+    if parity.failures:
+        raise SparkirError(
+            "the exported file does not match the integer network, so nothing was written: "
+            + "; ".join(parity.failures[:3])
+        )
+
+
+def _failures(
+    layers: Sequence[LayerParity], differing: int, pixels: int, largest: int
+) -> list[str]:
+    found = [
+        f"{layer.name} differs in {layer.differing} of {layer.total} values, by up to "
+        f"{layer.largest} levels"
+        for layer in layers
+        if not layer.passes
+    ]
+    if largest > 1 or differing > LARGEST_SHARE * pixels:
+        found.append(
+            f"the final image differs in {differing} of {pixels} values, by up to {largest} levels"
+        )
+    return found
+
+
+def _with_grids_as_outputs(model: onnx.ModelProto) -> onnx.ModelProto:
+    """The same model, which also returns the stored bytes of every grid."""
+    import onnx
+
+    shown = copy.deepcopy(model)
+    clipped = {n.input[0]: n.output[0] for n in shown.graph.node if n.op_type == "Clip"}
+    for node in shown.graph.node:
+        if node.op_type == "QuantizeLinear":
+            name = clipped.get(node.output[0], node.output[0])
+            shown.graph.output.append(
+                onnx.helper.make_tensor_value_info(name, onnx.TensorProto.UINT8, None)
+            )
+    return shown
+
+
+class _TeacherForced(fx.Interpreter):
+    """Runs the integer network; after each grid, goes on with the runtime's values."""
+
+    def __init__(self, frozen: fx.GraphModule, stored: dict[str, np.ndarray]) -> None:
+        super().__init__(frozen)
+        self.stored = stored
+        self.found: list[LayerParity] = []
+
+    def run_node(self, n: fx.Node) -> Any:  # noqa: ANN401 - torch's own signature
+        result = super().run_node(n)
+        grid = self.submodules.get(str(n.target)) if n.op == "call_module" else None
+        if not isinstance(grid, IntegerQuantizer):
+            return result
+        assert isinstance(result, Quantized)
+        runtime = torch.from_numpy(self.stored[n.name])
+        levels = (grid.stored(result).int() - runtime.int()).abs()
+        self.found.append(
+            LayerParity(
+                name=n.name,
+                is_layer=_made_by_layer(n, self.submodules),
+                differing=int((levels > 0).sum()),
+                total=levels.numel(),
+                largest=int(levels.max()),
+            )
+        )
+        return grid.loaded(runtime)
+
+
+def _made_by_layer(call: fx.Node, submodules: dict[str, Any]) -> bool:
+    """Whether a grid holds a layer's result, possibly after an absorbed ReLU."""
+    node = call.args[0]
+    if isinstance(node, fx.Node) and isinstance(submodules.get(str(node.target)), AbsorbedReLU):
+        node = node.args[0]
+    return isinstance(node, fx.Node) and isinstance(submodules.get(str(node.target)), IntegerLayer)
+
+
+def _teacher_forced(
+    frozen: fx.GraphModule, image: Tensor, stored: dict[str, np.ndarray]
+) -> list[LayerParity]:
+    interpreter = _TeacherForced(frozen, stored)
+    with torch.inference_mode():
+        interpreter.run(image)
+    return interpreter.found

@@ -1,0 +1,91 @@
+"""The frozen network in QDQ form: real values, with a quantize-dequantize pair at every grid.
+
+This is the form that exporters and runtimes understand: they recognise the pairs and put integer
+kernels between them. It computes the same network, up to float rounding; it exists to be exported,
+never to be measured.
+"""
+
+from __future__ import annotations
+
+import copy
+from typing import Any, cast
+
+import torch
+from torch import Tensor, fx, nn
+
+from sparkir.quant.reference import IntegerLayer, IntegerQuantizer
+
+
+@torch.library.custom_op("sparkir::qdq", mutates_args=())
+def qdq(x: Tensor, scale: Tensor, zero: Tensor, top: int) -> Tensor:
+    """Round `x` to stored bytes 0 .. top and back. scale (), zero () uint8."""
+    stored = (x / scale).round() + zero
+    return (stored.clamp(0, top) - zero) * scale
+
+
+@torch.library.custom_op("sparkir::dequantize", mutates_args=())
+def dequantize(ints: Tensor, scale: Tensor) -> Tensor:
+    """Real weights or biases: integers (C_out, ...) times scale (C_out,)."""
+    return ints.float() * scale.view(-1, *[1] * (ints.dim() - 1))
+
+
+@qdq.register_fake
+def _(x: Tensor, scale: Tensor, zero: Tensor, top: int) -> Tensor:
+    return torch.empty_like(x)
+
+
+@dequantize.register_fake
+def _(ints: Tensor, scale: Tensor) -> Tensor:
+    return ints.new_empty(ints.shape, dtype=torch.float32)
+
+
+class QdqGrid(nn.Module):
+    """A quantize-dequantize pair."""
+
+    def __init__(self, grid: IntegerQuantizer) -> None:
+        """The same grid."""
+        super().__init__()
+        self.register_buffer("scale", grid.scale)
+        self.register_buffer("zero", grid.zero_point.to(torch.uint8))
+        self.top = grid.levels - 1
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Real values on the grid."""
+        return cast("Tensor", qdq(x, self.scale, self.zero, self.top))
+
+
+class QdqLayer(nn.Module):
+    """A layer over real values whose weights and bias are dequantized integers."""
+
+    def __init__(self, layer: IntegerLayer) -> None:
+        """The same layer."""
+        super().__init__()
+        self.layer = layer
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Real values in and out."""
+        layer = self.layer
+        weight = dequantize(layer.weight, layer.weight_scale)
+        bias = None if layer.bias is None else dequantize(layer.bias, layer.sum_scale)
+        return layer.apply_weights(x, weight, bias)
+
+
+def to_qdq(frozen: fx.GraphModule) -> fx.GraphModule:
+    """A copy of an integer network in QDQ form."""
+    view: Any = copy.deepcopy(frozen)
+    for name, module in list(view.named_modules()):
+        if isinstance(module, IntegerQuantizer):
+            view.set_submodule(name, QdqGrid(module))
+        elif isinstance(module, IntegerLayer):
+            view.set_submodule(name, QdqLayer(module))
+    return cast("fx.GraphModule", view)
+
+
+def grid_calls(frozen: fx.GraphModule) -> list[fx.Node]:
+    """The graph's calls of quantizers, in order: one QDQ pair each in an exported file."""
+    return [
+        node
+        for node in frozen.graph.nodes
+        if node.op == "call_module"
+        and isinstance(frozen.get_submodule(str(node.target)), IntegerQuantizer)
+    ]

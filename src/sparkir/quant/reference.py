@@ -1,0 +1,155 @@
+"""The integer network: what a prepared student becomes when training is over.
+
+Weights are int8, biases int32, and every value between two layers a whole number on its grid. It
+computes what ONNX Runtime's integer kernels compute, bit for bit, and what the student computes
+in evaluation mode. It is what gets evaluated, exported and compared against.
+"""
+
+from __future__ import annotations
+
+import copy
+from typing import Any, cast
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, fx, nn
+
+from sparkir.quant.arithmetic import Accumulated, Quantized, Value, quantize
+from sparkir.quant.layers import QuantConv2d, QuantLayer
+from sparkir.quant.quantizer import ActivationQuantizer
+
+_EXACT_FLOAT32 = 2**24
+_INT32 = 2**31
+
+
+class IntegerQuantizer(nn.Module):
+    """A grid that no longer changes."""
+
+    scale: Tensor
+    zero_point: Tensor
+
+    def __init__(self, quantizer: ActivationQuantizer) -> None:
+        """Freeze `quantizer`."""
+        super().__init__()
+        self.register_buffer("scale", quantizer.scale().detach().clone())
+        self.register_buffer("zero_point", quantizer.zero_point.clone())
+        self.levels, self.zero_level = quantizer.levels, quantizer.zero_level
+
+    def forward(self, value: Value) -> Quantized:
+        """Round `value` to the grid."""
+        if isinstance(value, Quantized) and value.zero is self.zero_point:
+            return value
+        return quantize(
+            value,
+            scale=self.scale,
+            zero=self.zero_point,
+            zero_level=self.zero_level,
+            levels=self.levels,
+            exact=True,
+        )
+
+    def stored(self, value: Quantized) -> Tensor:
+        """The bytes of a value on this grid, uint8."""
+        return (value.ints + self.zero_point).to(torch.uint8)
+
+    def loaded(self, stored: Tensor) -> Quantized:
+        """A value on this grid from its bytes."""
+        return Quantized(stored.float() - self.zero_point, self.scale, self.zero_point)
+
+    def extra_repr(self) -> str:
+        """What print shows."""
+        return f"levels={self.levels}, zero={self.zero_level}, scale={float(self.scale):.4g}"
+
+
+class IntegerLayer(nn.Module):
+    """A convolution or linear layer with int8 weights and an int32 bias."""
+
+    weight: Tensor
+    """(C_out, ...) int8."""
+    bias: Tensor | None
+    """(C_out,) int32."""
+    weight_scale: Tensor
+    """(C_out,) float32."""
+
+    def __init__(self, layer: QuantLayer, name: str, source: IntegerQuantizer) -> None:
+        """Freeze `layer`, which reads the grid of `source`."""
+        super().__init__()
+        weight, bias, scale = layer.integers(source.scale)
+        self.register_buffer("weight", weight.detach().to(torch.int8))
+        self.register_buffer("weight_scale", layer.weight_quantizer.scale().detach().clone())
+        self.register_buffer("sum_scale", scale.detach().clone())
+        self.register_buffer("bias", None if bias is None else bias.detach().to(torch.int32))
+        farthest = max(source.zero_level, source.levels - 1 - source.zero_level)
+        sums = self.weight.double().abs().flatten(1).sum(1) * farthest
+        largest = float((sums if bias is None else sums + bias.detach().double().abs()).max())
+        assert largest < _INT32, f"{name}: sums of {largest:.3g} overflow int32"
+        # Beyond 2**24 float32 skips whole numbers, so the sums need float64.
+        self.compute_type = torch.float32 if largest < _EXACT_FLOAT32 else torch.float64
+
+    def sums(self, x: Quantized) -> Tensor:
+        """The int32 sums, as whole numbers in float32."""
+        kind = self.compute_type
+        bias = None if self.bias is None else self.bias.to(kind)
+        return self.apply_weights(x.ints.to(kind), self.weight.to(kind), bias).float()
+
+    def apply_weights(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        """The layer's operation, for integers and for real values alike."""
+        raise NotImplementedError
+
+
+class IntegerConv2d(IntegerLayer):
+    """A convolution with int8 weights."""
+
+    def __init__(self, layer: QuantConv2d, name: str, source: IntegerQuantizer) -> None:
+        """Freeze `layer`."""
+        super().__init__(layer, name, source)
+        self.geometry = (layer.stride, layer.padding, layer.dilation, layer.groups)
+
+    def apply_weights(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        """(B, C_in, H, W) -> (B, C_out, H', W')."""
+        return F.conv2d(x, weight, bias, *self.geometry)
+
+    def forward(self, x: Quantized) -> Accumulated:
+        """Grid values -> sums."""
+        return Accumulated(self.sums(x), self.sum_scale.view(-1, 1, 1))
+
+
+class IntegerLinear(IntegerLayer):
+    """A linear layer with int8 weights."""
+
+    def apply_weights(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        """(..., C_in) -> (..., C_out)."""
+        return F.linear(x, weight, bias)
+
+    def forward(self, x: Quantized) -> Accumulated:
+        """Grid values -> sums."""
+        return Accumulated(self.sums(x), self.sum_scale)
+
+
+@torch.no_grad()
+def freeze(student: fx.GraphModule) -> fx.GraphModule:
+    """The integer network of a prepared and calibrated student; the student is left as it is.
+
+    The graph stays the same node for node, so that layers keep their names.
+    """
+    frozen: Any = copy.deepcopy(student).eval().cpu()
+    grids: dict[str, IntegerQuantizer] = {}
+    for node in frozen.graph.nodes:
+        if node.op != "call_module":
+            continue
+        name, module = str(node.target), frozen.get_submodule(str(node.target))
+        if isinstance(module, ActivationQuantizer):
+            grids[name] = IntegerQuantizer(module)
+            frozen.set_submodule(name, grids[name])
+        elif isinstance(module, QuantLayer):
+            _check_called_once(frozen.graph, name)
+            source = grids[str(node.args[0].target)]
+            kind = IntegerConv2d if isinstance(module, QuantConv2d) else IntegerLinear
+            frozen.set_submodule(name, kind(cast("Any", module), name, source))
+    frozen.facts, frozen.placement = student.facts, student.placement
+    return cast("fx.GraphModule", frozen)
+
+
+def _check_called_once(graph: fx.Graph, name: str) -> None:
+    calls = [n for n in graph.nodes if n.op == "call_module" and n.target == name]
+    assert len(calls) == 1, f"{name} is called {len(calls)} times; give each call its own weights"
