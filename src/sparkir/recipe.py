@@ -77,7 +77,7 @@ class WeightingChoice(_Section):
 
     name: str = "uniform"
     """A source of W; see `sparkir recipes --weightings`."""
-    options: dict[str, float] = {}
+    options: dict[str, int | float] = {}
     """The source's own options."""
 
     @model_validator(mode="after")

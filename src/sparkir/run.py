@@ -1,190 +1,74 @@
 """A recipe becomes a run: the story from top to bottom.
 
 data -> teacher -> student -> losses and weighting -> training -> integer network -> files, table
-and picture. Every part is a function of its own that `compare` and notebooks can use as well.
+and picture.
 """
 
 from __future__ import annotations
 
 import copy
-import os
+import json
+import platform
+import re
 from collections.abc import Callable
 from dataclasses import dataclass
-from importlib import resources
+from importlib import metadata
 from pathlib import Path
+from typing import Any, cast
 
 import torch
-from torch import Tensor, nn
+from torch import nn
+from torch.fx import GraphModule
 
-from sparkir.data.degrade import BicubicDownscale, Degradation, GaussianNoise, JpegCompression
-from sparkir.data.images import find_images
-from sparkir.data.pairs import PairStore, PatchSampler
-from sparkir.data.photographs import photographs
+from sparkir.assemble import (
+    Materials,
+    convention_of,
+    gather,
+    quantize_student,
+    save_student,
+    silent,
+    weighting_of,
+)
+from sparkir.data.atomic import atomic_file
+from sparkir.data.images import write_png
+from sparkir.data.pairs import PatchSampler
+from sparkir.deploy.onnx import to_onnx, write_model
+from sparkir.deploy.parity import Parity, check_parity, require_parity
 from sparkir.distill.task import DistillationTask
 from sparkir.errors import SparkirError
-from sparkir.evaluate.benchmark import ImageScore, evaluate, mean
+from sparkir.evaluate.benchmark import evaluate, mean
+from sparkir.evaluate.infer import device_of
 from sparkir.evaluate.metrics import Convention
-from sparkir.models.checkpoint import load_weights
-from sparkir.models.facts import facts_of
-from sparkir.models.registry import build
-from sparkir.quant.calibrate import calibrate
-from sparkir.quant.prepare import prepare
-from sparkir.quant.spec import QuantSpec
-from sparkir.recipe import Data, Network, Recipe, WeightingChoice
-from sparkir.spark.weighting import Weighting, weighting
+from sparkir.measure import (
+    baselines,
+    comparison,
+    measure,
+    parity_images,
+    runtime_contender,
+    trained_contenders,
+)
+from sparkir.quant.reference import freeze
+from sparkir.recipe import Recipe, WeightingChoice, differences, load
+from sparkir.report.events import EventLog
+from sparkir.report.table import Row, to_markdown
+from sparkir.spark.weighting import Weighting
 from sparkir.train.loop import LoopSettings, Report, train
 from sparkir.train.optimize import build_average, build_optimizer, fast_precision
 from sparkir.train.state import TrainState
 
-Silent: Report = lambda event: None  # noqa: E731 - a default value
-_CALIBRATION_SEED = 7_919
-
-
-# Parts ----------------------------------------------------------------------------------------
-
-
-def cache_folder() -> Path:
-    """Where decoded images are kept between runs: $SPARKIR_CACHE, or the user's cache."""
-    base = os.environ.get("SPARKIR_CACHE") or Path.home() / ".cache" / "sparkir"
-    return Path(base)
-
-
-def open_pairs(data: Data, where: str, report: Report = Silent) -> PairStore:
-    """The image pairs of `where`, which is `data.train`, `data.test` or another folder."""
-
-    def progress(done: int, total: int) -> None:
-        report({"kind": "decoding", "done": done, "total": total})
-
-    options = {"cache": cache_folder(), "skip_broken": data.skip_broken, "progress": progress}
-    if data.degradation == "pairs":
-        folder = Path(where)
-        pairs = PairStore.from_folders(
-            folder / "input", folder / "target", scale=data.scale, **options
-        )
-    else:
-        paths = _image_paths(where)
-        pairs = PairStore.from_images(paths, degradation_of(data), **options)
-    for message in pairs.skipped:
-        report({"kind": "warning", "message": message})
-    return pairs
-
-
-def _image_paths(where: str) -> list[Path]:
-    scheme, _, split = where.partition(":")
-    if scheme == "photographs" and split in ("train", "test"):
-        return photographs(split)
-    return find_images(Path(where))
-
-
-def degradation_of(data: Data) -> Degradation:
-    """What turns a clean image into the network's input."""
-    match data.degradation:
-        case "bicubic":
-            return BicubicDownscale(data.scale, border=data.border)
-        case "noise":
-            return GaussianNoise(data.sigma)
-        case "jpeg":
-            return JpegCompression(data.quality)
-        case _:
-            raise AssertionError(f"{data.degradation} is no degradation")
-
-
-def convention_of(recipe: Recipe) -> Convention:
-    """How this recipe's results are measured."""
-    return Convention(space=recipe.metric, crop_px=recipe.data.scale if recipe.metric == "y" else 0)
-
-
-def build_network(choice: Network) -> nn.Module:
-    """A network by name, with its weights unless they are the teacher's."""
-    network = build(choice.model, **choice.options)
-    if choice.weights and choice.weights != "teacher":
-        load_weights(network, weights_path(choice.weights))
-    return network
-
-
-def weights_path(weights: str) -> Path:
-    """A checkpoint's path; `package:NAME` is one that ships."""
-    scheme, _, name = weights.partition(":")
-    if scheme != "package":
-        return Path(weights)
-    path = Path(str(resources.files("sparkir.models") / "weights" / f"{name}.safetensors"))
-    if not path.is_file():
-        known = sorted(p.stem for p in path.parent.glob("*.safetensors"))
-        raise SparkirError(f"no weights {name!r} ship with sparkir; known: {', '.join(known)}")
-    return path
-
-
-def build_student(recipe: Recipe, teacher: nn.Module | None) -> nn.Module:
-    """The float student, the same for every method of one seed."""
-    torch.manual_seed(recipe.seed)
-    student = build_network(recipe.student)
-    if recipe.student.weights == "teacher":
-        assert teacher is not None
-        try:
-            student.load_state_dict(teacher.state_dict())
-        except RuntimeError as error:
-            raise SparkirError(
-                'student.weights = "teacher" needs the teacher\'s architecture and options: '
-                + str(error).partition("\n")[2].strip()
-            ) from error
-    return student
-
-
-def quantize_student(student: nn.Module, spec: QuantSpec, crops: list[Tensor]) -> nn.Module:
-    """The student with its grids in place, set by `crops` (B, C, H, W) in [0, 1]."""
-    prepared = prepare(student, spec)
-    calibrate(prepared, (c * facts_of(student).value_range for c in crops), method=spec.calibration)
-    return prepared
-
-
-def calibration_crops(pairs: PairStore, recipe: Recipe, channels: int) -> list[Tensor]:
-    """Input crops of the training images, (8, C, H, W) in [0, 1] each."""
-    sampler = PatchSampler(
-        pairs, patch_px=recipe.data.patch_px, batch=8, seed=recipe.seed + _CALIBRATION_SEED
-    )
-    batches = -(-recipe.train.calibration_images // 8)
-    return [sampler.next()[0].float() / 255 for _ in range(batches)]
-
-
-def weighting_of(choice: WeightingChoice) -> Weighting:
-    """A source of W; an option that it does not have is the user's mistake."""
-    try:
-        return weighting(choice.name, **choice.options)
-    except TypeError as error:
-        raise SparkirError(f"weighting.options of {choice.name!r}: {error}") from error
-
-
-# Training -------------------------------------------------------------------------------------
+LARGEST_PSNR_CHANGE_DB = 0.02
+"""Between the network as trained and the file as executed."""
 
 
 @dataclass(frozen=True, kw_only=True)
-class Materials:
-    """What every method of a run shares."""
+class Trained:
+    """One method's result."""
 
-    train: PairStore
-    test: PairStore
-    teacher: nn.Module | None
+    name: str
+    """What tables call the method."""
     student: nn.Module
-    """In floating point, before quantization."""
-    crops: list[Tensor]
-
-
-def gather(recipe: Recipe, report: Report = Silent) -> Materials:
-    """Open the data and build the networks."""
-    train_pairs = open_pairs(recipe.data, recipe.data.train, report)
-    test_pairs = open_pairs(recipe.data, recipe.data.test, report)
-    teacher = None if recipe.teacher is None else build_network(recipe.teacher).eval()
-    student = build_student(recipe, teacher)
-    for role, network in (("teacher", teacher), ("student", student)):
-        if network is not None and facts_of(network).scale != train_pairs.scale:
-            raise SparkirError(
-                f"the {role} restores x{facts_of(network).scale}, but the data is "
-                f"x{train_pairs.scale}; set {role}.options.scale or data.scale"
-            )
-    crops = calibration_crops(train_pairs, recipe, facts_of(student).channels)
-    return Materials(
-        train=train_pairs, test=test_pairs, teacher=teacher, student=student, crops=crops
-    )
+    """The moving average if the recipe keeps one, else the last student; evaluation mode."""
+    weighting: Weighting
 
 
 def train_student(
@@ -192,42 +76,37 @@ def train_student(
     materials: Materials,
     folder: Path,
     *,
-    report: Report = Silent,
+    report: Report = silent,
     stop_requested: Callable[[], bool] = lambda: False,
-) -> nn.Module:
+) -> Trained:
     """Train one student in `folder`, going on from its checkpoint if there is one.
 
-    Returns the moving average if the recipe keeps one, else the last student.
+    Raises:
+        SparkirError: training diverged, or the disk is full; the last checkpoint stays.
+        Interrupted: `stop_requested` said so.
     """
     torch.manual_seed(recipe.seed)
     student = copy.deepcopy(materials.student)
     if recipe.quant is not None:
         student = quantize_student(student, recipe.quant, materials.crops)
-    source = weighting_of(recipe.weighting)
+    source = weighting_of(recipe.weighting).to(device_of(student))
     task = DistillationTask(
         student,
         materials.teacher if recipe.distill else None,
         weighting=source,
         **({} if recipe.distill is None else recipe.distill.model_dump()),
     )
-    settings = recipe.train
     state = TrainState(
         student=student,
         weighting=source,
-        optimizer=build_optimizer(
-            student,
-            name=settings.optimizer,
-            learning_rate=settings.learning_rate,
-            grid_learning_rate=settings.grid_learning_rate,
-            weight_decay=settings.weight_decay,
-        ),
+        optimizer=_optimizer(recipe, student),
         sampler=PatchSampler(
             materials.train,
             patch_px=recipe.data.patch_px,
             batch=recipe.data.batch,
             seed=recipe.seed,
         ),
-        average=build_average(student, settings.ema),
+        average=build_average(student, recipe.train.ema),
     )
     checkpoint = folder / "last.pt"
     if checkpoint.exists():
@@ -237,23 +116,234 @@ def train_student(
     train(
         task,
         state,
-        LoopSettings(
-            steps=settings.steps,
-            schedule=settings.schedule,
-            warmup=settings.warmup,
-            clip_norm=settings.clip_norm,
-            bfloat16=_bfloat16(settings.precision),
-            log_every=settings.log_every,
-            evaluate_every=settings.evaluate_every,
-            checkpoint_every=settings.checkpoint_every,
-        ),
+        _loop_settings(recipe, device_of(student)),
         checkpoint=checkpoint,
         evaluate=lambda network: mean(evaluate(network, materials.test, convention)).psnr_db,
         report=report,
         stop_requested=stop_requested,
     )
-    return (student if state.average is None else state.average.module).eval()
+    result = student if state.average is None else state.average.module
+    return Trained(name=method_name(recipe), student=result.eval(), weighting=source.eval())
 
 
-def _bfloat16(precision: str) -> bool:
-    return precision == "bfloat16" or (precision == "auto" and fast_precision(torch.device("cpu")))
+def _optimizer(recipe: Recipe, student: nn.Module) -> torch.optim.Optimizer:
+    return build_optimizer(
+        student,
+        name=recipe.train.optimizer,
+        learning_rate=recipe.train.learning_rate,
+        grid_learning_rate=recipe.train.grid_learning_rate,
+        weight_decay=recipe.train.weight_decay,
+    )
+
+
+def _loop_settings(recipe: Recipe, device: torch.device) -> LoopSettings:
+    settings = recipe.train
+    fast = settings.precision == "auto" and fast_precision(device)
+    return LoopSettings(
+        steps=settings.steps,
+        schedule=settings.schedule,
+        warmup=settings.warmup,
+        clip_norm=settings.clip_norm,
+        bfloat16=fast or settings.precision == "bfloat16",
+        log_every=settings.log_every,
+        evaluate_every=settings.evaluate_every,
+        checkpoint_every=settings.checkpoint_every,
+    )
+
+
+def method_name(recipe: Recipe) -> str:
+    """What the recipe's own method is called in tables."""
+    if recipe.distill is None:
+        return "float" if recipe.quant is None else "QAT"
+    if recipe.weighting.name.startswith("spark"):
+        return "SPARK" if recipe.weighting.name == "spark" else "SPARK (paper)"
+    return "QAT + KD" + ("" if recipe.weighting.name == "uniform" else f", {recipe.weighting.name}")
+
+
+def qat_only(recipe: Recipe) -> Recipe:
+    """The same run without a teacher's help: the baseline of every distillation."""
+    return recipe.model_copy(update={"distill": None, "weighting": WeightingChoice()})
+
+
+# The whole run -------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, kw_only=True)
+class Outcome:
+    """What a run made."""
+
+    folder: Path
+    rows: list[Row]
+    convention: Convention
+    files: dict[str, Path]
+    """What each file is -> where it is."""
+    parity: Parity | None
+    """None for a run in floating point."""
+
+
+def distill(
+    recipe: Recipe,
+    folder: Path,
+    *,
+    resume: bool = False,
+    report: Report = silent,
+    stop_requested: Callable[[], bool] = lambda: False,
+) -> Outcome:
+    """Carry out a recipe in `folder`, or go on with what an earlier call began there.
+
+    Raises:
+        SparkirError: something the user can mend; whatever was finished stays in the folder.
+        Interrupted: `stop_requested` said so; call again with `resume`.
+    """
+    claim(folder, recipe, resume=resume)
+    with EventLog(folder / "events.jsonl") as log:
+
+        def tell(event: dict[str, Any]) -> None:
+            if event["kind"] != "decoding":
+                log(event)
+            report(event)
+
+        tell({"kind": "start", "recipe": recipe.name, "versions": versions()})
+        materials = gather(recipe, tell)
+        trained = _train_methods(recipe, materials, folder, tell, stop_requested)
+        return _finish(recipe, materials, trained, folder, tell)
+
+
+def claim(folder: Path, recipe: Recipe, *, resume: bool) -> None:
+    """Make `folder` this recipe's own, or check that it already is.
+
+    Raises:
+        SparkirError: it holds a run and `resume` is false, or holds none and `resume` is true, or
+            the recipe has changed; the message shows how.
+    """
+    written = folder / "recipe.toml"
+    if resume:
+        if not written.is_file():
+            raise SparkirError(f"{folder} holds no run to resume; leave out --resume to start one")
+        changed = differences(load(written), recipe)
+        if changed:
+            raise SparkirError(
+                f"the recipe differs from the run in {folder}: {'; '.join(changed)}. "
+                "Resume with the old values, or start a new run with another --out"
+            )
+        return
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        what = "already holds a run" if written.is_file() else "is not empty"
+        raise SparkirError(f"{folder} {what}; go on with --resume, or choose another --out")
+    try:
+        with atomic_file(written) as file:
+            file.write(recipe.to_toml().encode())
+    except OSError as error:
+        raise SparkirError(f"cannot write to {folder}: {error}; choose another --out") from error
+
+
+def versions() -> dict[str, str]:
+    """What this run is computed by."""
+    names = ("sparkir", "torch", "numpy", "onnxruntime")
+    found = {name: _version(name) for name in names}
+    return found | {"python": platform.python_version(), "machine": platform.machine()}
+
+
+def _version(name: str) -> str:
+    try:
+        return metadata.version(name)
+    except metadata.PackageNotFoundError:
+        return "not installed"
+
+
+def _train_methods(
+    recipe: Recipe,
+    materials: Materials,
+    folder: Path,
+    report: Report,
+    stop_requested: Callable[[], bool],
+) -> list[Trained]:
+    """The baseline that needs training, then, last, the recipe's own student."""
+    variants = [qat_only(recipe)] if "qat" in recipe.baselines else []
+    trained = []
+    for variant in [*variants, recipe]:
+        name = method_name(variant)
+        report({"kind": "stage", "name": f"train {name}", "steps": variant.train.steps})
+        where = folder / "training" / re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")
+        trained.append(
+            train_student(variant, materials, where, report=report, stop_requested=stop_requested)
+        )
+    return trained
+
+
+def _finish(
+    recipe: Recipe,
+    materials: Materials,
+    trained: list[Trained],
+    folder: Path,
+    report: Report,
+) -> Outcome:
+    """Freeze, export, measure and report."""
+    own = trained[-1]
+    files = {
+        "picture": folder / "comparison.png",
+        "table": folder / "report.md",
+        "student": folder / "student.safetensors",
+    }
+    save_student(recipe, own.student, files["student"])
+    contenders = baselines(recipe, materials)
+    contenders += [c for method in trained for c in trained_contenders(recipe, method)]
+    model = parity = None
+    if recipe.quant is not None:
+        report({"kind": "stage", "name": "export", "steps": 0})
+        frozen = freeze(cast("GraphModule", own.student))
+        model = to_onnx(frozen, {"recipe": recipe.name})
+        parity = check_parity(model, frozen, parity_images(materials.test, frozen))
+        require_parity(parity)
+        contenders.append(runtime_contender(recipe, own, frozen, model))
+    report({"kind": "stage", "name": "measure", "steps": len(contenders)})
+    measured = measure(contenders, materials.test, convention_of(recipe), report)
+    if model is not None:
+        _require_same_quality(measured[-1].row, own.name, [m.row for m in measured])
+        files["ONNX model"] = folder / "student.onnx"
+        write_model(model, files["ONNX model"])
+    write_png(files["picture"], comparison(recipe, materials, own, measured))
+    outcome = Outcome(
+        folder=folder,
+        rows=[m.row for m in measured],
+        convention=convention_of(recipe),
+        files=files | {"events": folder / "events.jsonl", "recipe": folder / "recipe.toml"},
+        parity=parity,
+    )
+    _write_report(outcome, recipe)
+    report({"kind": "done", "rows": [row.as_values() for row in outcome.rows]})
+    return outcome
+
+
+def _require_same_quality(runtime: Row, method: str, rows: list[Row]) -> None:
+    """The exported file must restore as well as the network that was trained.
+
+    Raises:
+        SparkirError: it is off by more than `LARGEST_PSNR_CHANGE_DB`.
+    """
+    training = next(r for r in rows if r.arithmetic == "training" and r.name == runtime.name)
+    change = runtime.psnr_db - training.psnr_db
+    if abs(change) > LARGEST_PSNR_CHANGE_DB:
+        raise SparkirError(
+            f"{method} as exported restores {change:+.3f} dB away from the network that was "
+            "trained, so nothing was written; please report this with the recipe"
+        )
+
+
+def _write_report(outcome: Outcome, recipe: Recipe) -> None:
+    """report.md for people, report.json for programs."""
+    caption = f"{recipe.name}, seed {recipe.seed}. {outcome.convention.label}; SSIM alike."
+    parts = [f"# {recipe.name}\n", to_markdown(outcome.rows, caption)]
+    if outcome.parity is not None:
+        parts.append(f"Export: {outcome.parity.summary()}.\n")
+    with atomic_file(outcome.files["table"]) as file:
+        file.write("\n".join(parts).encode())
+    values = {
+        "recipe": recipe.model_dump(mode="json"),
+        "versions": versions(),
+        "convention": outcome.convention.label,
+        "rows": [row.as_values() for row in outcome.rows],
+        "export": None if outcome.parity is None else outcome.parity.summary(),
+    }
+    with atomic_file(outcome.folder / "report.json") as file:
+        file.write(json.dumps(values, indent=1).encode())

@@ -9,13 +9,17 @@ import warnings
 from collections.abc import Callable, Mapping
 from contextlib import contextmanager, redirect_stdout
 from dataclasses import asdict
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import fx
 
+from sparkir.data.atomic import atomic_file
 from sparkir.deploy.qdq import grid_calls, to_qdq
 from sparkir.errors import SparkirError
+from sparkir.models.facts import facts_of
+from sparkir.quant.prepare import placement_of
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -50,7 +54,7 @@ def to_onnx(frozen: fx.GraphModule, metadata: Mapping[str, str] | None = None) -
     require_onnx()
     import onnx
 
-    facts = frozen.facts
+    facts = facts_of(frozen)
     size = torch.export.Dim.DYNAMIC
     example = torch.zeros(2, facts.channels, EXAMPLE_PX, EXAMPLE_PX + 8)
     with _quiet():
@@ -69,10 +73,26 @@ def to_onnx(frozen: fx.GraphModule, metadata: Mapping[str, str] | None = None) -
     model = program.model_proto
     _strip_traces(model)
     _name_after_grids(model, frozen)
-    facts_text = {"facts": json.dumps(asdict(facts)), "quantization": frozen.placement.spec.label}
+    facts_text = {
+        "facts": json.dumps(asdict(facts)),
+        "quantization": placement_of(frozen).spec.label,
+    }
     onnx.helper.set_model_props(model, {**facts_text, **(metadata or {})})
     onnx.checker.check_model(model, full_check=True)
     return model
+
+
+def write_model(model: onnx.ModelProto, path: Path) -> None:
+    """Write a model, whole or not at all.
+
+    Raises:
+        SparkirError: the file cannot be written.
+    """
+    try:
+        with atomic_file(path) as file:
+            file.write(model.SerializeToString())
+    except OSError as error:
+        raise SparkirError(f"cannot write the model {path}: {error}") from error
 
 
 def _translations() -> dict[Any, Callable[..., Any]]:

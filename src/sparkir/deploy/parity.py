@@ -19,6 +19,7 @@ from torch import Tensor, fx
 from sparkir.deploy.qdq import grid_calls
 from sparkir.deploy.runtime import Fusion, fusion_of, open_session, run_session
 from sparkir.errors import SparkirError
+from sparkir.models.facts import facts_of
 from sparkir.quant.arithmetic import Quantized
 from sparkir.quant.layers import AbsorbedReLU
 from sparkir.quant.reference import IntegerLayer, IntegerQuantizer
@@ -94,7 +95,7 @@ def check_parity(
     plain = open_session(model.SerializeToString())
     worst: dict[str, LayerParity] = {}
     differing = pixels = largest = 0
-    step = frozen.facts.value_range / 255
+    step = facts_of(frozen).value_range / 255
     for image in images:
         _, *stored = run_session(session, image.numpy())
         bytes_of = dict(zip((call.name for call in calls), stored, strict=True))

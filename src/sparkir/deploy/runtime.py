@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import tempfile
 from collections import Counter
 from dataclasses import dataclass
@@ -9,8 +10,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, cast
 
 import numpy as np
+import torch
+from torch import Tensor, nn
 
 from sparkir.deploy.onnx import require_onnx
+from sparkir.errors import SparkirError
+from sparkir.models.facts import ModelFacts
 
 if TYPE_CHECKING:
     import onnx
@@ -38,6 +43,42 @@ def open_session(
 def run_session(session: onnxruntime.InferenceSession, lq: np.ndarray) -> list[np.ndarray]:
     """All outputs for `lq` (N, C, H, W) float32 in the network's value range."""
     return cast("list[np.ndarray]", session.run(None, {session.get_inputs()[0].name: lq}))
+
+
+class RuntimeNetwork(nn.Module):
+    """An exported file as a network: same facts, same call, executed by ONNX Runtime."""
+
+    def __init__(self, model: bytes | Path, facts: ModelFacts | None = None) -> None:
+        """Open a file or its bytes; the facts are those in its metadata unless given.
+
+        Raises:
+            SparkirError: it is missing, damaged, or not exported by sparkir.
+        """
+        super().__init__()
+        try:
+            self.session = open_session(model)
+        except Exception as error:
+            reason = str(error).partition("\n")[0]
+            raise SparkirError(f"ONNX Runtime cannot open {_name_of(model)}: {reason}") from error
+        self.facts = facts or self._facts_in_file(_name_of(model))
+
+    def forward(self, lq: Tensor) -> Tensor:
+        """(N, C, H, W) -> (N, C, sH, sW), in the network's value range."""
+        (restored,) = run_session(self.session, lq.numpy())
+        return torch.from_numpy(restored)
+
+    def _facts_in_file(self, name: str) -> ModelFacts:
+        words = self.session.get_modelmeta().custom_metadata_map
+        if "facts" not in words:
+            raise SparkirError(
+                f"{name} does not say its scale and value range; export it with sparkir"
+            )
+        values = json.loads(words["facts"])
+        return ModelFacts(**values | {"taps": tuple(values["taps"])})
+
+
+def _name_of(model: bytes | Path) -> str:
+    return str(model) if isinstance(model, Path) else "the exported model"
 
 
 @dataclass(frozen=True)

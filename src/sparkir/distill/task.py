@@ -95,7 +95,8 @@ class DistillationTask(nn.Module):
                 teacher = restore(self.teacher, lq).float()
             goal = teacher if self.target == "teacher" else gt
             distance = MAPS[self.norm](output, goal)
-            weights = self.weighting(output.detach(), teacher, gt)
+            with torch.autocast(lq.device.type, enabled=False):  # a draw needs its probability
+                weights = self.weighting(output.detach(), teacher, gt)
         return StepLosses(
             output=output,
             teacher=teacher,

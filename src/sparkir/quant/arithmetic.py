@@ -13,6 +13,9 @@ paths add up to round(v) - v inside the range and to the bound outside (Esser 20
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
 from typing import Any, NamedTuple
 
 import torch
@@ -69,14 +72,35 @@ class Product(NamedTuple):
     b: Quantized
 
 
+_exact = ContextVar("exact", default=True)
+
+
+@contextmanager
+def exact_rounding(exact: bool) -> Iterator[None]:
+    """Whether evaluation rounds additions and products exactly as the runtime, or as training.
+
+    For measuring what the difference is worth; see `quantize`.
+    """
+    token = _exact.set(exact)
+    try:
+        yield
+    finally:
+        _exact.reset(token)
+
+
+def rounds_exactly() -> bool:
+    """Whether evaluation should be exact."""
+    return _exact.get()
+
+
 Value = Tensor | Quantized | Accumulated | Sum | Product
 
 
 class _RoundToGrid(torch.autograd.Function):
     """clamp(round(x * step or x / step), low, high), rounding passed straight through.
 
-    The gradient of the step is LSQ's; with `clip_only` it is PAMS's: inside the range the two
-    paths of the step cancel, so that only clipped values move the bound.
+    The gradient of `step` is LSQ's. For PAMS, `own` is the grid's step and `step` has it detached:
+    inside the range the two paths of `own` cancel, so that only clipped values move the bound.
     """
 
     @staticmethod
@@ -84,33 +108,37 @@ class _RoundToGrid(torch.autograd.Function):
         ctx: Any,  # noqa: ANN401
         x: Tensor,
         step: Tensor,
+        own: Tensor | None,
         low: float,
         high: float,
         divide: bool,
-        clip_only: bool,
     ) -> Tensor:
         exact = x / step if divide else x * step
         inside = (exact >= low) & (exact <= high)
         ints = exact.round_().clamp_(low, high)
-        ctx.save_for_backward(x if not clip_only else ints, step, inside)
-        ctx.divide, ctx.clip_only = divide, clip_only
+        ctx.save_for_backward(
+            x if ctx.needs_input_grad[1] else None,
+            ints if ctx.needs_input_grad[2] else None,
+            step,
+            own,
+            inside,
+        )
+        ctx.divide = divide
         return ints
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> Any:  # type: ignore[override]  # noqa: ANN401
-        saved, step, inside = ctx.saved_tensors
+        x, ints, step, own, inside = ctx.saved_tensors
         passed = gradient * inside
-        to_x = to_step = None
+        to_x = to_step = to_own = None
         if ctx.needs_input_grad[0]:
             to_x = passed / step if ctx.divide else passed * step
         if ctx.needs_input_grad[1]:
-            # d(exact)/d(step) is x, or -x / step**2; with clip_only the rounded value stands in.
-            total = _sum_to(passed * saved, step.shape)
-            if ctx.clip_only:
-                to_step = -total / step if ctx.divide else total / step
-            else:
-                to_step = -total / step.square() if ctx.divide else total
-        return to_x, to_step, None, None, None, None
+            total = _sum_to(passed * x, step.shape)
+            to_step = -total / step.square() if ctx.divide else total
+        if ctx.needs_input_grad[2]:
+            to_own = -_sum_to(passed * ints, own.shape) / own
+        return to_x, to_step, to_own, None, None, None
 
 
 def _sum_to(x: Tensor, shape: torch.Size) -> Tensor:
@@ -125,13 +153,13 @@ def round_to_grid(
     low: float,
     high: float,
     divide: bool = False,
-    clip_only: bool = False,
+    own: Tensor | None = None,
 ) -> Tensor:
     """Whole numbers clamp(round(x * step), low, high), or x / step with `divide`.
 
-    Half rounds to even. `step` broadcasts against x. See `_RoundToGrid` for gradients.
+    Half rounds to even. `step` and `own` broadcast against x. See `_RoundToGrid` for gradients.
     """
-    result: Tensor = _RoundToGrid.apply(x.float(), step, low, high, divide, clip_only)
+    result: Tensor = _RoundToGrid.apply(x.float(), step, own, low, high, divide)
     return result
 
 
@@ -163,27 +191,28 @@ def quantize(
         clip_only: PAMS gradients instead of LSQ's.
     """
     low, high = float(-zero_level), float(levels - 1 - zero_level)
+    own, used = (scale, scale.detach()) if clip_only else (None, scale)
     match value:
         case Quantized() if value.scale is scale:
             return value
         case Quantized():
-            x, step, divide = value.dequantize(), scale, True
+            x, step, divide = value.dequantize(), used, True
         case Accumulated():
-            x, step, divide = value.ints, value.scale / scale, False
+            x, step, divide = value.ints, value.scale / used, False
         case Sum():
             if exact:
                 return Quantized(_exact_sum(value, scale, zero, low, high), scale, zero)
             a, b = value
-            x = a.ints * (a.scale / scale) + b.ints * (b.scale / scale)
-            step, divide = torch.ones_like(scale), False
+            x = a.ints * (a.scale / used) + b.ints * (b.scale / used)
+            step, divide = torch.ones_like(used), False
         case Product():
             if exact:
                 return Quantized(_exact_product(value, scale, zero, low, high), scale, zero)
             a, b = value
-            x, step, divide = a.ints * b.ints, (a.scale * b.scale) / scale, False
+            x, step, divide = a.ints * b.ints, (a.scale * b.scale) / used, False
         case _:
-            x, step, divide = value, scale, True
-    ints = round_to_grid(x, step, low=low, high=high, divide=divide, clip_only=clip_only)
+            x, step, divide = value, used, True
+    ints = round_to_grid(x, step, low=low, high=high, divide=divide, own=own)
     return Quantized(ints, scale, zero)
 
 

@@ -11,6 +11,7 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
+from sparkir.errors import SparkirError
 from sparkir.quant.layers import QuantLayer
 from sparkir.quant.quantizer import ActivationQuantizer
 from sparkir.quant.ranges import RangeObserver
@@ -38,12 +39,19 @@ def calibrate(
         student: what `prepare` returned.
         batches: images (B, C, H, W) in the network's value range; a few dozen crops suffice.
         method: least squared error, the 99.9th percentile, or the extremes.
+
+    Raises:
+        SparkirError: there are no images, or the network computes NaN on them.
     """
     quantizers = activation_quantizers(student)
     for quantizer in quantizers.values():
         quantizer.observer = RangeObserver()
+    images = 0
     for batch in batches:
         student(batch)
+        images += len(batch)
+    if not images:
+        raise SparkirError("calibration was given no images; it needs at least one")
     for quantizer in quantizers.values():
         quantizer.calibrate(method)
     for layer in student.modules():

@@ -124,7 +124,7 @@ def trace(network: nn.Module, taps: tuple[str, ...]) -> fx.GraphModule:
     tracer = _Tracer(taps)
     try:
         graph = tracer.trace(network)
-    except Exception as error:  # noqa: BLE001 - tracing runs the user's code, which may raise anything
+    except Exception as error:  # tracing runs the user's code, which may raise anything
         raise SparkirError(
             f"{type(network).__name__}.forward cannot be traced ({error}); make its control flow "
             "independent of tensor values"

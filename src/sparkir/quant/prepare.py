@@ -12,12 +12,13 @@ from __future__ import annotations
 import copy
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any, cast
+from typing import cast
 
 import torch
 from torch import Tensor, fx, nn
 
 from sparkir.errors import SparkirError
+from sparkir.models.facts import facts_of
 from sparkir.quant.graph import Kind, classify, reason_for_float, trace
 from sparkir.quant.layers import (
     AbsorbedReLU,
@@ -59,6 +60,13 @@ class _Request:
     """The concatenation."""
 
 
+def placement_of(network: nn.Module) -> Placement:
+    """What a prepared or frozen network carries."""
+    placement = getattr(network, "placement", None)
+    assert isinstance(placement, Placement), "not a prepared network"
+    return placement
+
+
 _FLOAT, _SUMS, _IMAGE, _CARRIER = (_Request(w) for w in ("float", "sums", "image", "bits"))
 _WRITES_A_GRID = {Kind.LAYER, Kind.ADD, Kind.MULTIPLY, Kind.TABLE, Kind.CONCATENATE}
 _ABSORBS_RELU = {Kind.LAYER, Kind.ADD, Kind.MULTIPLY}
@@ -75,7 +83,7 @@ def prepare(network: nn.Module, spec: QuantSpec) -> fx.GraphModule:
     Raises:
         SparkirError: the forward cannot be traced.
     """
-    facts: Any = network.facts
+    facts = facts_of(network)
     module = trace(copy.deepcopy(network), facts.taps)
     example = torch.rand(1, facts.channels, EXAMPLE_PX, EXAMPLE_PX) * facts.value_range
     for parameter in network.parameters():
@@ -83,7 +91,7 @@ def prepare(network: nn.Module, spec: QuantSpec) -> fx.GraphModule:
         break
     plan = _Plan(module, classify(module, example), spec)
     prepared = _Rewriter(module, plan, image_step=facts.value_range / 255).run()
-    prepared.facts = facts
+    setattr(prepared, "facts", facts)  # noqa: B010 - for mypy
     prepared.train(network.training)
     return prepared
 
@@ -198,7 +206,7 @@ class _Rewriter:
         self.graph.lint()
         self.module.delete_all_unused_submodules()
         self.module.recompile()
-        self.module.placement = self.placement
+        setattr(self.module, "placement", self.placement)  # noqa: B010 - for mypy
         return self.module
 
     def _read(self, node: fx.Node) -> None:
@@ -266,10 +274,8 @@ class _Rewriter:
         if own is None:
             return
         passed = self.plan.kinds[node] in (Kind.PASS, Kind.RELU) and node not in self.plan.absorbed
-        if passed:  # the grid it came on; said again because an exported file must say it again
-            name = str(cast("fx.Node", node.args[0]).target)
-        else:
-            name = self._grid(node, own)
+        # What only moves keeps its grid, but an exported file must say it again.
+        name = str(cast("fx.Node", node.args[0]).target) if passed else self._grid(node, own)
         with self.graph.inserting_after(node):
             self.made[node, own] = self.graph.call_module(name, (node,))
 

@@ -8,7 +8,15 @@ from typing import Literal, cast
 import torch
 from torch import Tensor, nn
 
-from sparkir.quant.arithmetic import Quantized, Value, quantize, round_to_grid
+from sparkir.quant.arithmetic import (
+    Product,
+    Quantized,
+    Sum,
+    Value,
+    quantize,
+    round_to_grid,
+    rounds_exactly,
+)
 from sparkir.quant.ranges import RangeObserver, fit_grid, fit_weight_scale
 
 Learned = Literal["lsq", "pams", "none"]
@@ -85,9 +93,7 @@ class ActivationQuantizer(nn.Module):
             return cast("Quantized", value)
         scale = self.scale()
         if self.training and self.learned == "lsq":
-            ints = getattr(value, "ints", value)
-            count = ints.numel() if isinstance(ints, Tensor) else 1
-            scale = scale_gradient(scale, 1.0 / math.sqrt(count * (self.levels - 1)))
+            scale = scale_gradient(scale, 1.0 / math.sqrt(_numel(value) * (self.levels - 1)))
         if isinstance(value, Quantized) and self._shares_grid(value):
             return value
         return quantize(
@@ -96,7 +102,7 @@ class ActivationQuantizer(nn.Module):
             zero=self.zero_point,
             zero_level=self._zero_level,
             levels=self.levels,
-            exact=not self.training,
+            exact=not self.training and rounds_exactly(),
             clip_only=self.learned == "pams",
         )
 
@@ -125,6 +131,13 @@ class ActivationQuantizer(nn.Module):
     def extra_repr(self) -> str:
         """What print shows."""
         return f"bits={self.bits}, zero={self._zero_level}, learned={self.learned}"
+
+
+def _numel(value: Value) -> int:
+    """How many values there are, once the operation is done."""
+    if isinstance(value, Sum | Product):
+        return torch.broadcast_shapes(value.a.shape, value.b.shape).numel()
+    return (value if isinstance(value, Tensor) else value.ints).numel()
 
 
 def _refresh_zero_level(module: nn.Module, _: object) -> None:
@@ -160,13 +173,15 @@ class WeightQuantizer(nn.Module):
         if self.training and self.learned == "lsq":
             per_channel = weight[0].numel() * self.high
             scale = scale_gradient(scale, 1.0 / math.sqrt(per_channel))
+        step = scale.view(-1, *[1] * (weight.dim() - 1))
+        pams = self.learned == "pams"
         ints = round_to_grid(
             weight,
-            scale.view(-1, *[1] * (weight.dim() - 1)),
+            step.detach() if pams else step,
             low=self.low,
             high=self.high,
             divide=True,
-            clip_only=self.learned == "pams",
+            own=step if pams else None,
         )
         return ints, scale
 

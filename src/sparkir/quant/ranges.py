@@ -5,13 +5,20 @@ This alone, without training, is post-training quantization (PTQ).
 
 from __future__ import annotations
 
+import math
 from typing import Literal
 
 import torch
 from torch import Tensor
 
+from sparkir.errors import SparkirError
+
 Method = Literal["mse", "percentile", "minmax"]
-SAMPLES = 65_536
+SAMPLES = 65_521
+"""A prime: steps between samples then share no factor with a row, or one column would be all."""
+_ENOUGH = 4096
+_SMALLEST_SHARE = 0.01
+_SMALLEST_STEP = 2.0**-8
 PERCENTILE = 0.999
 
 
@@ -25,17 +32,31 @@ class RangeObserver:
 
     @torch.no_grad()
     def record(self, x: Tensor) -> None:
-        """Note `x`, any shape."""
+        """Note `x`, any shape.
+
+        Raises:
+            SparkirError: `x` holds NaN or infinite values.
+        """
         flat = x.detach().float().flatten()
-        self.low = min(self.low, float(flat.min()))
-        self.high = max(self.high, float(flat.max()))
-        stride = max(1, flat.numel() // SAMPLES)
-        self._kept.append(flat[::stride].clone())
+        low, high = float(flat.min()), float(flat.max())
+        if not (math.isfinite(low) and math.isfinite(high)):
+            raise SparkirError(
+                "the network computes NaN or infinite values on the calibration images; "
+                "check its weights and its value range"
+            )
+        self.low, self.high = min(self.low, low), max(self.high, high)
+        self._kept.append(_evenly(flat))
 
     def sample(self) -> Tensor:
         """(n,) at most SAMPLES values, spread evenly over everything recorded."""
-        kept = torch.cat(self._kept)
-        return kept[:: max(1, kept.numel() // SAMPLES)]
+        return _evenly(torch.cat(self._kept))
+
+
+def _evenly(flat: Tensor) -> Tensor:
+    """A copy of at most SAMPLES values of `flat` (n,)."""
+    if flat.numel() <= SAMPLES:
+        return flat.clone()
+    return flat[torch.arange(SAMPLES, device=flat.device) * flat.numel() // SAMPLES]
 
 
 def fit_grid(
@@ -89,8 +110,11 @@ def _least_squares_grid(
     best = (float("inf"), *_grid_of_range(low, high, top=top, fixed=fixed))
     centre, reach = (0.55, 0.55), 0.45
     for thin, steps in ((8, 10), (2, 7)):
-        values = sample[::thin]
-        shares = [torch.linspace(c - reach, c + reach, steps).tolist() for c in centre]
+        values = sample[:: max(1, min(thin, sample.numel() // _ENOUGH))]
+        shares = [
+            torch.linspace(c - reach, c + reach, steps).clamp_min(_SMALLEST_SHARE).tolist()
+            for c in centre
+        ]
         if low == 0.0 or fixed is not None:
             shares[0] = [1.0]
         found = best
@@ -105,7 +129,9 @@ def _least_squares_grid(
                     found = (error, step, zero)
                     centre = (low_share, high_share)
         best, reach = found, 0.1
-    return best[1], best[2]
+    # A rare extreme that the thinned sample lacks can make clipping look cheap.
+    grids = (best[1:], _grid_of_range(low, high, top=top, fixed=fixed))
+    return min(grids, key=lambda grid: _squared_error(sample, *grid, top))
 
 
 def _squared_error(x: Tensor, step: float, zero: int, top: int) -> float:
@@ -119,7 +145,10 @@ def fit_weight_scale(weight: Tensor, *, bits: int, method: Method) -> Tensor:
     rows = weight.detach().flatten(1)
     low, high = -(2 ** (bits - 1)), 2 ** (bits - 1) - 1
     # The negative side has one more level, so each side asks for its own step.
-    widest = torch.maximum(rows.amax(1) / high, rows.amin(1) / low).clamp_min(1e-8)
+    widest = torch.maximum(rows.amax(1) / high, rows.amin(1) / low)
+    # A channel of zeros has no step of its own, and its bias counted in tiny ones leaves int32.
+    largest = widest.max() if widest.any() else widest.new_tensor(1.0 / high)
+    widest = widest.maximum(largest * _SMALLEST_STEP)
     if method == "percentile":
         return torch.maximum(rows.abs().quantile(PERCENTILE, dim=1) / high, widest * 0.1)
     if method == "minmax":

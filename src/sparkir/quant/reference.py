@@ -14,8 +14,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
+from sparkir.models.facts import facts_of
 from sparkir.quant.arithmetic import Accumulated, Quantized, Value, quantize
 from sparkir.quant.layers import QuantConv2d, QuantLayer
+from sparkir.quant.prepare import placement_of
 from sparkir.quant.quantizer import ActivationQuantizer
 
 _EXACT_FLOAT32 = 2**24
@@ -70,6 +72,8 @@ class IntegerLayer(nn.Module):
     """(C_out,) int32."""
     weight_scale: Tensor
     """(C_out,) float32."""
+    sum_scale: Tensor
+    """(C_out,) float32, the step of sums and bias."""
 
     def __init__(self, layer: QuantLayer, name: str, source: IntegerQuantizer) -> None:
         """Freeze `layer`, which reads the grid of `source`."""
@@ -103,11 +107,12 @@ class IntegerConv2d(IntegerLayer):
     def __init__(self, layer: QuantConv2d, name: str, source: IntegerQuantizer) -> None:
         """Freeze `layer`."""
         super().__init__(layer, name, source)
-        self.geometry = (layer.stride, layer.padding, layer.dilation, layer.groups)
+        self.stride, self.padding = layer.stride, layer.padding
+        self.dilation, self.groups = layer.dilation, layer.groups
 
     def apply_weights(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         """(B, C_in, H, W) -> (B, C_out, H', W')."""
-        return F.conv2d(x, weight, bias, *self.geometry)
+        return F.conv2d(x, weight, bias, self.stride, self.padding, self.dilation, self.groups)
 
     def forward(self, x: Quantized) -> Accumulated:
         """Grid values -> sums."""
@@ -146,10 +151,15 @@ def freeze(student: fx.GraphModule) -> fx.GraphModule:
             source = grids[str(node.args[0].target)]
             kind = IntegerConv2d if isinstance(module, QuantConv2d) else IntegerLinear
             frozen.set_submodule(name, kind(cast("Any", module), name, source))
-    frozen.facts, frozen.placement = student.facts, student.placement
+    frozen.facts, frozen.placement = facts_of(student), placement_of(student)
     return cast("fx.GraphModule", frozen)
 
 
 def _check_called_once(graph: fx.Graph, name: str) -> None:
     calls = [n for n in graph.nodes if n.op == "call_module" and n.target == name]
     assert len(calls) == 1, f"{name} is called {len(calls)} times; give each call its own weights"
+
+
+def stored_bytes(frozen: nn.Module) -> int:
+    """Bytes of an integer network's weights, biases and grids."""
+    return sum(b.numel() * b.element_size() for b in frozen.buffers())

@@ -21,16 +21,16 @@ def psnr_db(
     image: Float[Tensor, "b c h w"], target: Float[Tensor, "b c h w"]
 ) -> Float[Tensor, " b"]:
     """PSNR of each image in dB, all channels, values in [0, 1], no rounding."""
-    error = (image.float() - target.float()).square().mean(dim=(1, 2, 3))
+    error = (image.double() - target.double()).square().mean(dim=(1, 2, 3))
     return -10 * error.clamp_min(1e-10).log10()
 
 
 @torch.no_grad()
 def ssim(image: Float[Tensor, "b c h w"], target: Float[Tensor, "b c h w"]) -> Float[Tensor, " b"]:
     """SSIM of each image's luma, 11 x 11 Gaussian window, values in [0, 1]."""
-    a, b = _luma(image), _luma(target)
+    a, b = _luma(image).double(), _luma(target).double()
     size = min(_SSIM_WINDOW_PX, *a.shape[-2:])
-    offsets = torch.arange(size, device=a.device) - (size - 1) / 2
+    offsets = torch.arange(size, device=a.device, dtype=a.dtype) - (size - 1) / 2
     window = torch.exp(-0.5 * (offsets / _SSIM_SIGMA_PX).square())
     window = window / window.sum()
 
@@ -74,7 +74,7 @@ def undone(optimizer: optim.Optimizer) -> Iterator[None]:
     """
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
     saved = [p.detach().clone() for p in parameters]
-    gradients = [p.grad for p in parameters]
+    gradients = [None if p.grad is None else p.grad.clone() for p in parameters]
     state = {p: _copied(optimizer.state[p]) for p in parameters if p in optimizer.state}
     try:
         yield

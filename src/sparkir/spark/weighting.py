@@ -168,6 +168,7 @@ class SparkPaper(Weighting):
         """
         action = self._action
         assert action is not None, "learn follows a forward in training"
+        reward = reward.double()  # equal float32 rewards may differ from their rounded mean
         deviation = reward.std(unbiased=False)
         advantage = (reward - reward.mean()) / (deviation + 1e-8)
         log_probability = self.policy.log_probability(action)
@@ -210,7 +211,13 @@ def weightings() -> tuple[str, ...]:
     return tuple(_SOURCES)
 
 
-def weighting(name: str, **options: float) -> Weighting:
+def described() -> dict[str, str]:
+    """Every source and the first line of what it says of itself."""
+    kinds = _SOURCES | {name: Fixed for name in _SOURCES if name.startswith("fixed:")}
+    return {name: (kind.__doc__ or "").partition("\n")[0] for name, kind in kinds.items()}
+
+
+def weighting(name: str, **options: int | float) -> Weighting:
     """A source of W by name, with its own options.
 
     Raises:

@@ -6,8 +6,10 @@ import math
 from typing import Literal
 
 import torch
-from torch import nn, optim
-from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+from torch import Tensor, nn, optim
+from torch.optim.swa_utils import AveragedModel
+
+from sparkir.models.facts import facts_of
 
 Schedule = Literal["cosine", "step", "constant"]
 _STEP_EVERY, _STEP_FACTOR = 0.25, 0.5
@@ -62,11 +64,20 @@ def set_rates(optimizer: optim.Optimizer, factor: float) -> None:
 
 
 def build_average(student: nn.Module, decay: float) -> AveragedModel | None:
-    """The student's exponential moving average; None when `decay` is 0."""
+    """The student's exponential moving average; None when `decay` is 0.
+
+    The first steps are averaged over a shorter time, or the average would be of the weights that
+    training started from for thousands of steps.
+    """
     if decay == 0:
         return None
-    average = AveragedModel(student, multi_avg_fn=get_ema_multi_avg_fn(decay), use_buffers=False)
-    average.module.facts = student.facts
+
+    def moved(average: Tensor, current: Tensor, count: Tensor | int) -> Tensor:
+        reached = min(decay, (1 + int(count)) / (10 + int(count)))
+        return torch.lerp(average, current, 1 - reached)
+
+    average = AveragedModel(student, avg_fn=moved, use_buffers=False)
+    average.module.facts = facts_of(student)
     return average
 
 

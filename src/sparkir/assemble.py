@@ -1,0 +1,220 @@
+"""From a recipe's words to the objects they name: data, networks, weightings, saved students."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable
+from dataclasses import dataclass
+from importlib import metadata, resources
+from pathlib import Path
+from typing import Any, Literal, cast
+
+import torch
+from torch import Tensor, nn
+
+from sparkir.data.degrade import BicubicDownscale, Degradation, GaussianNoise, JpegCompression
+from sparkir.data.images import find_images
+from sparkir.data.pairs import PairStore, PatchSampler
+from sparkir.data.photographs import photographs
+from sparkir.errors import SparkirError
+from sparkir.evaluate.metrics import Convention
+from sparkir.models.checkpoint import load_weights, read_metadata, read_weights, save_weights
+from sparkir.models.facts import facts_of
+from sparkir.models.registry import build
+from sparkir.quant.calibrate import calibrate
+from sparkir.quant.prepare import prepare
+from sparkir.quant.spec import QuantSpec
+from sparkir.recipe import Data, Network, Recipe, WeightingChoice, from_values
+from sparkir.spark.weighting import Weighting, weighting
+
+Report = Callable[[dict[str, Any]], None]
+_CALIBRATION_SEED = 7_919
+
+
+def silent(event: dict[str, Any]) -> None:
+    """Report nothing."""
+
+
+def cache_folder() -> Path:
+    """Where decoded images are kept between runs: $SPARKIR_CACHE, or the user's cache."""
+    base = os.environ.get("SPARKIR_CACHE") or Path.home() / ".cache" / "sparkir"
+    return Path(base)
+
+
+def open_pairs(data: Data, where: str, report: Report = silent) -> PairStore:
+    """The image pairs of `where`, which is `data.train`, `data.test` or another folder."""
+
+    def progress(done: int, total: int) -> None:
+        report({"kind": "decoding", "done": done, "total": total})
+
+    options: dict[str, Any] = {
+        "cache": cache_folder(),
+        "skip_broken": data.skip_broken,
+        "progress": progress,
+    }
+    if data.degradation == "pairs":
+        folder = Path(where)
+        pairs = PairStore.from_folders(
+            folder / "input", folder / "target", scale=data.scale, **options
+        )
+    else:
+        paths = _image_paths(where)
+        pairs = PairStore.from_images(paths, degradation_of(data), **options)
+    for message in pairs.skipped:
+        report({"kind": "warning", "message": message})
+    return pairs
+
+
+def _image_paths(where: str) -> list[Path]:
+    scheme, _, split = where.partition(":")
+    if scheme == "photographs" and split in ("train", "test"):
+        return photographs(cast("Literal['train', 'test']", split))
+    return find_images(Path(where))
+
+
+def degradation_of(data: Data) -> Degradation:
+    """What turns a clean image into the network's input."""
+    match data.degradation:
+        case "bicubic":
+            return BicubicDownscale(data.scale, border=data.border)
+        case "noise":
+            return GaussianNoise(data.sigma)
+        case "jpeg":
+            return JpegCompression(data.quality)
+        case _:
+            raise AssertionError(f"{data.degradation} is no degradation")
+
+
+def convention_of(recipe: Recipe) -> Convention:
+    """How this recipe's results are measured."""
+    return Convention(space=recipe.metric, crop_px=recipe.data.scale if recipe.metric == "y" else 0)
+
+
+def build_network(choice: Network) -> nn.Module:
+    """A network by name, with its weights unless they are the teacher's."""
+    network = build(choice.model, **choice.options)
+    if choice.weights and choice.weights != "teacher":
+        load_weights(network, weights_path(choice.weights))
+    return network
+
+
+def weights_path(weights: str) -> Path:
+    """A checkpoint's path; `package:NAME` is one that ships."""
+    scheme, _, name = weights.partition(":")
+    if scheme != "package":
+        return Path(weights)
+    path = Path(str(resources.files("sparkir.models") / "weights" / f"{name}.safetensors"))
+    if not path.is_file():
+        known = sorted(p.stem for p in path.parent.glob("*.safetensors"))
+        raise SparkirError(f"no weights {name!r} ship with sparkir; known: {', '.join(known)}")
+    return path
+
+
+def build_student(recipe: Recipe, teacher: nn.Module | None) -> nn.Module:
+    """The float student, the same for every method of one seed."""
+    torch.manual_seed(recipe.seed)
+    student = build_network(recipe.student)
+    if recipe.student.weights == "teacher":
+        assert teacher is not None
+        try:
+            student.load_state_dict(teacher.state_dict())
+        except RuntimeError as error:
+            raise SparkirError(
+                'student.weights = "teacher" needs the teacher\'s architecture and options: '
+                + str(error).partition("\n")[2].strip()
+            ) from error
+    return student
+
+
+def quantize_student(student: nn.Module, spec: QuantSpec, crops: list[Tensor]) -> nn.Module:
+    """The student with its grids in place, set by `crops` (B, C, H, W) in [0, 1]."""
+    prepared = prepare(student, spec)
+    calibrate(prepared, (c * facts_of(student).value_range for c in crops), method=spec.calibration)
+    return prepared
+
+
+def calibration_crops(pairs: PairStore, recipe: Recipe, channels: int) -> list[Tensor]:
+    """Input crops of the training images, (8, C, H, W) in [0, 1] each."""
+    sampler = PatchSampler(
+        pairs, patch_px=recipe.data.patch_px, batch=8, seed=recipe.seed + _CALIBRATION_SEED
+    )
+    batches = -(-recipe.train.calibration_images // 8)
+    return [sampler.next()[0].float() / 255 for _ in range(batches)]
+
+
+def weighting_of(choice: WeightingChoice) -> Weighting:
+    """A source of W; an option that it does not have is the user's mistake."""
+    try:
+        return weighting(choice.name, **choice.options)
+    except TypeError as error:
+        raise SparkirError(f"weighting.options of {choice.name!r}: {error}") from error
+
+
+@dataclass(frozen=True, kw_only=True)
+class Materials:
+    """What every method of a run shares."""
+
+    train: PairStore
+    test: PairStore
+    teacher: nn.Module | None
+    student: nn.Module
+    """In floating point, before quantization."""
+    crops: list[Tensor]
+
+
+def gather(recipe: Recipe, report: Report = silent) -> Materials:
+    """Open the data and build the networks."""
+    train_pairs = open_pairs(recipe.data, recipe.data.train, report)
+    test_pairs = open_pairs(recipe.data, recipe.data.test, report)
+    teacher = None if recipe.teacher is None else build_network(recipe.teacher).eval()
+    student = build_student(recipe, teacher)
+    for role, network in (("teacher", teacher), ("student", student)):
+        if network is not None and facts_of(network).scale != train_pairs.scale:
+            raise SparkirError(
+                f"the {role} restores x{facts_of(network).scale}, but the data is "
+                f"x{train_pairs.scale}; set {role}.options.scale or data.scale"
+            )
+    crops = calibration_crops(train_pairs, recipe, facts_of(student).channels)
+    return Materials(
+        train=train_pairs, test=test_pairs, teacher=teacher, student=student, crops=crops
+    )
+
+
+def save_student(recipe: Recipe, student: nn.Module, path: Path) -> None:
+    """Weights and grids of a trained student, with all that is needed to build it again."""
+    words = {
+        "format": "sparkir student 1",
+        "sparkir": metadata.version("sparkir"),
+        "recipe": json.dumps(recipe.model_dump(mode="json")),
+    }
+    save_weights(student, path, words)
+
+
+def load_student(path: Path) -> tuple[nn.Module, Recipe]:
+    """What `save_student` wrote: the student in evaluation mode, and its recipe.
+
+    Raises:
+        SparkirError: the file is no student of sparkir's, or is damaged.
+    """
+    if not path.is_file():
+        raise SparkirError(f"no student at {path}; check the path")
+    words = read_metadata(path)
+    if "recipe" not in words:
+        raise SparkirError(
+            f"{path} holds weights, but not how to build their network; for a published "
+            "checkpoint give the network's name and --weights"
+        )
+    recipe = from_values(json.loads(words["recipe"]), f"the recipe in {path}")
+    student = build(recipe.student.model, **recipe.student.options)
+    if recipe.quant is not None:
+        student = prepare(student, recipe.quant)
+    state = read_weights(path)
+    try:
+        student.load_state_dict(state)
+    except RuntimeError as error:
+        raise SparkirError(
+            f"{path} was made by sparkir {words.get('sparkir')}, whose networks differ: "
+            + str(error).partition("\n")[2].strip()
+        ) from error
+    return student.eval(), recipe

@@ -1,0 +1,392 @@
+"""The commands. The only place that prints."""
+
+from __future__ import annotations
+
+import re
+import signal
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from types import FrameType
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    SpinnerColumn,
+    TaskID,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
+from rich.table import Table
+
+from sparkir.errors import SparkirError
+
+if TYPE_CHECKING:
+    from sparkir.recipe import Recipe
+    from sparkir.run import Outcome
+
+app = typer.Typer(
+    name="sparkir",
+    help="Small, truly quantized image-restoration networks that look like their teachers.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode="rich",
+)
+out, err = Console(), Console(stderr=True)
+
+RecipeName = Annotated[str, typer.Argument(help="A recipe file, or a name from `sparkir recipes`.")]
+Overrides = Annotated[
+    list[str] | None,
+    typer.Option("--set", help="Change a key, such as train.steps=2000. May be repeated."),
+]
+Model = Annotated[
+    str,
+    typer.Argument(
+        help="A run folder, a student .safetensors, an exported .onnx, or a network's name."
+    ),
+]
+Weights = Annotated[
+    Path | None, typer.Option(help="Checkpoint of a network given by its name (.pth, .safetensors)")
+]
+Options = Annotated[
+    list[str] | None,
+    typer.Option("--option", help="Option of a network given by its name, such as scale=4."),
+]
+
+
+def main() -> None:
+    """Run a command; a user's mistake is one line and exit code 1."""
+    try:
+        app()
+    except SparkirError as error:
+        err.print(f"[bold red]error:[/] {_plain(str(error))}", highlight=False, soft_wrap=True)
+        sys.exit(1)
+    except KeyboardInterrupt:
+        err.print("stopped; nothing half-written was left behind")
+        sys.exit(130)
+
+
+@app.command()
+def distill(
+    recipe: RecipeName,
+    teacher: Annotated[Path | None, typer.Option(help="The teacher's checkpoint.")] = None,
+    student: Annotated[str | None, typer.Option(help="The student's network.")] = None,
+    bits: Annotated[str | None, typer.Option(help="Weights and activations, as in w4a4.")] = None,
+    data: Annotated[
+        Path | None,
+        typer.Option(help="Training images; with folders train/ and test/ inside, both."),
+    ] = None,
+    out_folder: Annotated[
+        Path | None, typer.Option("--out", help="Where the run goes. Default: runs/NAME.")
+    ] = None,
+    overrides: Overrides = None,
+    resume: Annotated[bool, typer.Option(help="Go on with an interrupted run.")] = False,
+) -> None:
+    """Train a quantized student under its teacher, measure it, and export it."""
+    from sparkir import run
+    from sparkir.train.loop import Interrupted
+
+    changes = [*_shortcuts(teacher, student, bits, data), *(overrides or ())]
+    chosen = _load(recipe, changes)
+    folder = out_folder or _default_folder(chosen.name, resume=resume)
+    out.print(f"[bold]{chosen.name}[/]: {_plain(chosen.description)}", highlight=False)
+    out.print(f"run folder [bold]{folder}[/]; a first Ctrl-C stops after the step, to be resumed")
+    with _display() as shown, shown.stoppable():
+        try:
+            outcome = run.distill(
+                chosen,
+                folder,
+                resume=resume,
+                report=shown,
+                stop_requested=lambda: shown.stop,
+            )
+        except Interrupted:
+            shown.finish()
+            err.print(f"stopped and saved; go on with --resume --out {folder}")
+            sys.exit(130)
+    _print_outcome(outcome)
+
+
+@app.command()
+def evaluate(
+    model: Model,
+    data: Annotated[
+        str, typer.Option(help="Folder of clean images, or of input/ and target/ pairs.")
+    ],
+    weights: Weights = None,
+    option: Options = None,
+    metric: Annotated[
+        str | None, typer.Option(help="y (border of scale px cropped) or rgb (whole).")
+    ] = None,
+    each: Annotated[bool, typer.Option(help="Also print every image.")] = False,
+) -> None:
+    """Measure PSNR and SSIM on a folder of images."""
+    from sparkir.evaluate import benchmark
+    from sparkir.tools import evaluation_setup, open_model
+
+    opened = open_model(model, weights, _parse_options(option))
+    with _display() as shown:
+        pairs, convention = evaluation_setup(opened, data, metric, shown)
+        scores = benchmark.evaluate(opened.network, pairs, convention)
+    table = Table("image", "PSNR dB", "SSIM", title=f"{opened.label}: {convention.label}")
+    for score in [*(scores if each else ()), benchmark.mean(scores)]:
+        table.add_row(score.name, f"{score.psnr_db:.3f}", f"{score.ssim:.4f}")
+    out.print(table)
+
+
+@app.command()
+def restore(
+    model: Model,
+    source: Annotated[Path, typer.Argument(metavar="IN", help="An image or a folder of them.")],
+    target: Annotated[Path, typer.Argument(metavar="OUT", help="A .png file, or a folder.")],
+    weights: Weights = None,
+    option: Options = None,
+) -> None:
+    """Restore an image, or a folder of images, to PNG."""
+    from sparkir.tools import open_model, restore_files
+
+    opened = open_model(model, weights, _parse_options(option))
+    with _display() as shown:
+        made, failed = restore_files(opened, source, target, shown)
+    out.print(f"{len(made)} restored with {opened.label}, in {target}")
+    for message in failed:
+        err.print(f"[yellow]left out:[/] {_plain(message)}", highlight=False, soft_wrap=True)
+    if failed:
+        sys.exit(1)
+
+
+@app.command()
+def export(
+    run_folder: Annotated[Path, typer.Argument(metavar="RUN", help="A run folder.")],
+    to: Annotated[str, typer.Option("--format", help="onnx")] = "onnx",
+    file: Annotated[
+        Path | None, typer.Option("--out", help="Default: student.onnx in the run.")
+    ] = None,
+    data: Annotated[
+        str | None, typer.Option(help="Images for the parity check. Default: the recipe's test.")
+    ] = None,
+) -> None:
+    """Write the integer network of a finished run as a file that a runtime executes."""
+    from sparkir.tools import export_run
+
+    with _display() as shown:
+        path, parity = export_run(run_folder, to, file, data, shown)
+    out.print(f"{path} ({path.stat().st_size / 1024:.0f} KiB): {parity.summary()}")
+
+
+@app.command()
+def check(recipe: RecipeName, overrides: Overrides = None) -> None:
+    """Read everything a recipe names, build its networks, and say what would be quantized."""
+    from sparkir.tools import check_recipe
+
+    with _display() as shown:
+        findings = check_recipe(_load(recipe, overrides or ()), shown)
+    for finding in findings:
+        out.print(_plain(finding), highlight=False, soft_wrap=True)
+    out.print("[green]ready[/]")
+
+
+@app.command()
+def models() -> None:
+    """List the networks that can be teachers and students."""
+    from sparkir.models.registry import available
+
+    _print_names(available())
+
+
+@app.command()
+def recipes(
+    name: Annotated[str | None, typer.Argument(help="Print this one in full, as TOML.")] = None,
+    weightings: Annotated[bool, typer.Option(help="List the sources of weight maps.")] = False,
+) -> None:
+    """List the shipped recipes, or print one."""
+    from sparkir import recipe
+    from sparkir.spark import weighting
+
+    if weightings:
+        _print_names(weighting.described())
+    elif name is None:
+        _print_names(recipe.shipped())
+    else:
+        out.print(_plain(recipe.load(name).to_toml()), highlight=False, soft_wrap=True)
+
+
+# Arguments ------------------------------------------------------------------------------------
+
+
+def _load(recipe: str, overrides: list[str] | tuple[str, ...]) -> Recipe:
+    from sparkir.recipe import load
+
+    return load(recipe, overrides)
+
+
+def _shortcuts(
+    teacher: Path | None, student: str | None, bits: str | None, data: Path | None
+) -> Iterator[str]:
+    """The options of `distill` that stand for recipe keys."""
+    if teacher is not None:
+        yield f"teacher.weights={str(teacher)!r}"
+    if student is not None:
+        yield f"student.model={student!r}"
+    if bits is not None:
+        found = re.fullmatch(r"w(\d+)a(\d+)", bits.lower())
+        if not found:
+            raise SparkirError(f"--bits {bits!r}: write the bits as in w4a4 or w8a8")
+        yield f"quant.weight_bits={found[1]}"
+        yield f"quant.activation_bits={found[2]}"
+    if data is not None:
+        parts = [data / split for split in ("train", "test")]
+        if all(part.is_dir() for part in parts):
+            yield f"data.train={str(parts[0])!r}"
+            yield f"data.test={str(parts[1])!r}"
+        else:
+            yield f"data.train={str(data)!r}"
+
+
+def _parse_options(texts: list[str] | None) -> dict[str, Any]:
+    import tomllib
+
+    try:
+        return tomllib.loads("\n".join(texts or ()))
+    except tomllib.TOMLDecodeError as error:
+        raise SparkirError(f"--option takes name=value, such as scale=4: {error}") from error
+
+
+def _default_folder(name: str, *, resume: bool) -> Path:
+    """runs/NAME, numbered if it is taken; with `resume`, the newest that exists."""
+    base, number = Path("runs") / name, 1
+    folder = base
+    while (base.with_name(f"{name}-{number + 1}") if resume else folder).exists():
+        number += 1
+        folder = base.with_name(f"{name}-{number}")
+    return folder
+
+
+# Display --------------------------------------------------------------------------------------
+
+
+class _Display:
+    """Shows the event stream as progress bars and lines."""
+
+    def __init__(self, progress: Progress) -> None:
+        self.progress = progress
+        self.task: TaskID | None = None
+        self.psnr = ""
+        self.training = self.stop = False
+
+    def __call__(self, event: dict[str, Any]) -> None:
+        handler = getattr(self, f"_on_{event['kind']}", None)
+        if handler is not None:
+            handler(event)
+
+    def _on_decoding(self, event: dict[str, Any]) -> None:
+        self._show("reading images", event["done"], event["total"])
+
+    def _on_stage(self, event: dict[str, Any]) -> None:
+        self.finish()
+        self.psnr = ""
+        self.training = event["name"].startswith("train")
+        self.task = self.progress.add_task(event["name"], total=event["steps"] or None, note="")
+
+    def _on_resumed(self, event: dict[str, Any]) -> None:
+        self._show(None, event["step"], None)
+
+    def _on_step(self, event: dict[str, Any]) -> None:
+        self._show(None, event["step"], None, f"loss {event['loss']:.5f} {self.psnr}")
+
+    def _on_evaluation(self, event: dict[str, Any]) -> None:
+        self.psnr = f"PSNR {event['psnr_db']:.2f} dB"
+
+    def _on_row(self, event: dict[str, Any]) -> None:
+        self._show(None, event["done"], event["total"], event["name"])
+
+    def _on_restored(self, event: dict[str, Any]) -> None:
+        self._show("restoring", event["done"], event["total"], event["name"])
+
+    def _on_warning(self, event: dict[str, Any]) -> None:
+        err.print(f"[yellow]warning:[/] {_plain(event['message'])}", highlight=False)
+
+    def _show(self, name: str | None, done: int, total: int | None, note: str = "") -> None:
+        if self.task is None:
+            self.task = self.progress.add_task(name or "", total=total, note=note)
+        options: dict[str, Any] = {"completed": done, "note": note}
+        if total is not None:
+            options["total"] = total
+        self.progress.update(self.task, **options)
+        if name is not None and done == total:
+            self.finish()
+
+    def finish(self) -> None:
+        """Stop the running bar."""
+        if self.task is not None:
+            self.progress.stop_task(self.task)
+            self.task = None
+
+    @contextmanager
+    def stoppable(self) -> Iterator[None]:
+        """While training, a first Ctrl-C asks for a stop after the step; a second one insists."""
+
+        def handle(number: int, frame: FrameType | None) -> None:
+            if self.stop or not self.training:
+                raise KeyboardInterrupt
+            self.stop = True
+
+        before = signal.signal(signal.SIGINT, handle)
+        try:
+            yield
+        finally:
+            signal.signal(signal.SIGINT, before)
+
+
+@contextmanager
+def _display() -> Iterator[_Display]:
+    columns = (
+        SpinnerColumn(),
+        TextColumn("{task.description}"),
+        BarColumn(bar_width=24),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+        TextColumn("left"),
+        TimeRemainingColumn(),
+        TextColumn("{task.fields[note]}"),
+    )
+    with Progress(*columns, console=out, refresh_per_second=4) as progress:
+        shown = _Display(progress)
+        yield shown
+        shown.finish()
+
+
+def _print_outcome(outcome: Outcome) -> None:
+    from sparkir.report.table import HEADER, cells
+
+    title = f"{outcome.convention.label}; SSIM alike"
+    table = Table(title=title, title_justify="left")
+    for index, name in enumerate(HEADER):
+        table.add_column(name, justify="right" if index > 1 else "left")
+    for row in outcome.rows:
+        table.add_row(*cells(row))
+    out.print(table)
+    if outcome.parity is not None:
+        out.print(f"export: {outcome.parity.summary()}", soft_wrap=True)
+    out.print("written:")
+    for what, path in outcome.files.items():
+        out.print(f"  {what:12} {path}", soft_wrap=True, highlight=False)
+
+
+def _print_names(names: dict[str, str]) -> None:
+    table = Table.grid(padding=(0, 3))
+    for name, description in names.items():
+        table.add_row(f"[bold]{name}[/]", _plain(description))
+    out.print(table)
+
+
+def _plain(text: str) -> str:
+    """Text that must not be read as markup."""
+    return text.replace("[", r"\[")

@@ -1,0 +1,62 @@
+"""The event stream: one JSON object a line, in `events.jsonl`, written as things happen."""
+
+from __future__ import annotations
+
+import json
+import time
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self
+
+from sparkir.errors import SparkirError
+
+
+class EventLog:
+    """Appends events to a file; a line is either whole or, after a kill, the last one."""
+
+    def __init__(self, path: Path) -> None:
+        """Open `path` for appending.
+
+        Raises:
+            SparkirError: it cannot be opened.
+        """
+        try:
+            self._file = path.open("a", encoding="utf-8")
+        except OSError as error:
+            raise SparkirError(f"cannot write the event stream {path}: {error}") from error
+        self._path = path
+
+    def __call__(self, event: dict[str, Any]) -> None:
+        """Append one event with the time of day in seconds.
+
+        Raises:
+            SparkirError: the disk is full.
+        """
+        line = json.dumps({"time_s": round(time.time(), 3)} | event)
+        try:
+            self._file.write(line + "\n")
+            self._file.flush()
+        except OSError as error:
+            raise SparkirError(f"cannot write the event stream {self._path}: {error}") from error
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self._file.close()
+
+
+def read_events(path: Path) -> list[dict[str, Any]]:
+    """All whole events of a file; a last line that a kill cut off is left out."""
+    events = []
+    for line in path.read_text("utf-8").splitlines():
+        try:
+            events.append(json.loads(line))
+        except json.JSONDecodeError:
+            break
+    return events

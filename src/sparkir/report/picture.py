@@ -1,0 +1,83 @@
+"""The picture a run ends with: the same detail by every method, and where the policy looked."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from jaxtyping import Float, UInt8
+from PIL import Image, ImageDraw, ImageFont
+
+_PANEL_PX, _GAP_PX, _CAPTION_PX = 240, 12, 46
+_PAPER, _INK, _FAINT = (250, 250, 248), (24, 24, 27), (110, 110, 115)
+# Dark blue to warm yellow, evenly brighter: readable in grey print and with any colour vision.
+_SCALE = np.array(
+    [(13, 22, 66), (58, 38, 118), (124, 47, 121), (190, 64, 100), (236, 110, 69), (250, 205, 95)],
+    dtype=np.float64,
+)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Panel:
+    """One cell of the picture."""
+
+    title: str
+    note: str
+    image: UInt8[np.ndarray, "h w 3"]
+
+
+def sharpest_corner(image: UInt8[np.ndarray, "h w 3"], side_px: int) -> tuple[int, int]:
+    """(top, left) of the window with the most detail: where methods can differ at all."""
+    grey = image.astype(np.float64).mean(-1)
+    detail = np.abs(np.diff(grey, axis=0))[:, :-1] + np.abs(np.diff(grey, axis=1))[:-1]
+    total = np.pad(detail.cumsum(0).cumsum(1), ((1, 0), (1, 0)))
+    side = min(side_px, *detail.shape)
+    windows = (
+        total[side:, side:] - total[:-side, side:] - total[side:, :-side] + total[:-side, :-side]
+    )
+    top, left = np.unravel_index(int(windows.argmax()), windows.shape)
+    return int(top), int(left)
+
+
+def crop(
+    image: UInt8[np.ndarray, "h w 3"], corner: tuple[int, int], side_px: int
+) -> UInt8[np.ndarray, "p q 3"]:
+    """A window of the image."""
+    top, left = corner
+    return image[top : top + side_px, left : left + side_px]
+
+
+def paint_weights(
+    weights: Float[np.ndarray, "h w"], image: UInt8[np.ndarray, "h w 3"]
+) -> UInt8[np.ndarray, "h w 3"]:
+    """A weight map in colour over the image's own luma; its extremes span the colour scale."""
+    low, high = float(weights.min()), float(weights.max())
+    level = (weights - low) / max(high - low, 1e-6) * (len(_SCALE) - 1)
+    below = np.clip(level.astype(int), 0, len(_SCALE) - 2)
+    share = (level - below)[..., None]
+    colour = _SCALE[below] * (1 - share) + _SCALE[below + 1] * share
+    grey = image.astype(np.float64).mean(-1, keepdims=True)
+    return np.clip(0.72 * colour + 0.28 * grey, 0, 255).astype(np.uint8)
+
+
+def compose(
+    panels: Sequence[Panel], *, title: str, subtitle: str, columns: int = 5
+) -> UInt8[np.ndarray, "h w 3"]:
+    """Lay panels out in rows, each enlarged without smoothing, with its title and note."""
+    rows = -(-len(panels) // columns)
+    head = 70
+    width = columns * (_PANEL_PX + _GAP_PX) + _GAP_PX
+    height = head + rows * (_PANEL_PX + _CAPTION_PX + _GAP_PX) + _GAP_PX
+    sheet = Image.new("RGB", (width, height), _PAPER)
+    draw = ImageDraw.Draw(sheet)
+    draw.text((_GAP_PX, 12), title, _INK, ImageFont.load_default(22))
+    draw.text((_GAP_PX, 42), subtitle, _FAINT, ImageFont.load_default(14))
+    for index, panel in enumerate(panels):
+        left = _GAP_PX + index % columns * (_PANEL_PX + _GAP_PX)
+        top = head + index // columns * (_PANEL_PX + _CAPTION_PX + _GAP_PX)
+        tile = Image.fromarray(panel.image).resize((_PANEL_PX, _PANEL_PX), Image.Resampling.NEAREST)
+        sheet.paste(tile, (left, top))
+        draw.text((left, top + _PANEL_PX + 5), panel.title, _INK, ImageFont.load_default(16))
+        draw.text((left, top + _PANEL_PX + 26), panel.note, _FAINT, ImageFont.load_default(14))
+    return np.asarray(sheet)

@@ -1,0 +1,199 @@
+"""What the smaller commands do: open any model, evaluate, restore, export, check."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, cast
+
+from torch import nn
+from torch.fx import GraphModule
+
+from sparkir.assemble import (
+    Report,
+    convention_of,
+    gather,
+    load_student,
+    open_pairs,
+    quantize_student,
+    weighting_of,
+)
+from sparkir.data.images import find_images, read_image, write_png
+from sparkir.data.pairs import PairStore
+from sparkir.deploy.onnx import to_onnx, write_model
+from sparkir.deploy.parity import Parity, check_parity, require_parity
+from sparkir.deploy.runtime import RuntimeNetwork
+from sparkir.errors import SparkirError
+from sparkir.evaluate.infer import restore_image
+from sparkir.evaluate.metrics import Convention
+from sparkir.measure import parity_images
+from sparkir.models.checkpoint import load_weights
+from sparkir.models.facts import facts_of
+from sparkir.models.registry import build
+from sparkir.quant.prepare import placement_of
+from sparkir.quant.reference import freeze
+from sparkir.recipe import Data, Recipe
+
+
+@dataclass(frozen=True, kw_only=True)
+class Opened:
+    """A model that can restore images."""
+
+    network: nn.Module
+    label: str
+    recipe: Recipe | None = None
+    """How it was trained, when it says so."""
+
+
+def open_model(
+    name: str, weights: Path | None = None, options: Mapping[str, Any] | None = None
+) -> Opened:
+    """Open a run folder, a student's .safetensors, an exported .onnx, or a network by name.
+
+    A run folder gives its exported file if there is one. Quantized students become their integer
+    networks.
+
+    Raises:
+        SparkirError: nothing of the kind is there, or it is damaged.
+    """
+    path = Path(name)
+    if path.is_dir():
+        path = next(
+            (path / f for f in ("student.onnx", "student.safetensors") if (path / f).is_file()),
+            path / "student.safetensors",
+        )
+        if not path.is_file():
+            raise SparkirError(f"{path.parent} holds no finished run; finish it with --resume")
+    if path.suffix == ".onnx":
+        return Opened(network=RuntimeNetwork(path), label=f"{path} in ONNX Runtime")
+    if path.suffix == ".safetensors":
+        student, recipe = load_student(path)
+        if recipe.quant is not None:
+            student = freeze(cast("GraphModule", student))
+        return Opened(network=student, label=f"{path}", recipe=recipe)
+    if path.suffix in (".pth", ".pt"):
+        raise SparkirError(
+            f"{path} does not say which network it is; give the network's name and --weights {path}"
+        )
+    network = build(name, **(options or {}))
+    if weights is None:
+        raise SparkirError(f"the network {name} has no weights yet; add --weights FILE")
+    load_weights(network, weights)
+    return Opened(network=network.eval(), label=f"{name} with {weights}")
+
+
+def evaluation_setup(
+    opened: Opened, where: str, metric: str | None, report: Report
+) -> tuple[PairStore, Convention]:
+    """The pairs in `where` for this model, and how to measure.
+
+    A folder with `input` and `target` inside is pairs; any other holds clean images, which are
+    degraded as the model's recipe says, or bicubically by its scale.
+    """
+    facts = facts_of(opened.network)
+    if metric not in (None, "y", "rgb"):
+        raise SparkirError(f"--metric {metric!r}: choose y or rgb")
+    folder = Path(where)
+    if opened.recipe is not None:
+        data = opened.recipe.data
+    elif facts.scale > 1:
+        data = Data(train=where, test=where, degradation="bicubic", scale=facts.scale)  # type: ignore[arg-type]
+    else:
+        data = Data(train=where, test=where, degradation="pairs")
+    if (folder / "input").is_dir() and (folder / "target").is_dir():
+        data = data.model_copy(update={"degradation": "pairs", "scale": facts.scale})
+    space = metric or (opened.recipe.metric if opened.recipe else "y" if facts.scale > 1 else "rgb")
+    convention = Convention(
+        space="y" if space == "y" else "rgb", crop_px=facts.scale if space == "y" else 0
+    )
+    return open_pairs(data, where, report), convention
+
+
+def restore_files(
+    opened: Opened, source: Path, target: Path, report: Report
+) -> tuple[list[Path], list[str]]:
+    """Restore one image or a folder of them to PNG; (files made, messages of those left out).
+
+    Raises:
+        SparkirError: the source is missing or empty, the target cannot be used, or the only
+            image is unreadable.
+    """
+    made: list[Path] = []
+    failed: list[str] = []
+    jobs = _jobs(source, target)
+    for done, (image, result) in enumerate(jobs, 1):
+        try:
+            write_png(result, restore_image(opened.network, read_image(image)))
+            made.append(result)
+        except SparkirError as error:
+            if len(jobs) == 1:
+                raise
+            failed.append(f"{image.name}: {error}")
+        report({"kind": "restored", "done": done, "total": len(jobs), "name": image.name})
+    return made, failed
+
+
+def _jobs(source: Path, target: Path) -> list[tuple[Path, Path]]:
+    if source.is_dir():
+        if target.is_file():
+            raise SparkirError(f"{target} is a file; for a folder of images give a folder")
+        return [(image, target / f"{image.stem}.png") for image in find_images(source)]
+    if not source.exists():
+        raise SparkirError(f"no image or folder at {source}; check the path")
+    if target.suffix and not target.is_dir():
+        if target.suffix.lower() != ".png":
+            raise SparkirError(f"images are written as PNG, not {target.suffix}; rename {target}")
+        return [(source, target)]
+    return [(source, target / f"{source.stem}.png")]
+
+
+def export_run(
+    folder: Path, to: str, file: Path | None, data: str | None, report: Report
+) -> tuple[Path, Parity]:
+    """Export the student of a finished run, checked on the recipe's test images or `data`.
+
+    Raises:
+        SparkirError: no such format, no finished run, a float student, or the file would show
+            other pixels than the integer network.
+    """
+    if to != "onnx":
+        raise SparkirError(f"no export format {to!r}; known: onnx")
+    student, recipe = load_student(folder / "student.safetensors")
+    if recipe.quant is None:
+        raise SparkirError(f"the student in {folder} is in floating point; export is for integers")
+    pairs = open_pairs(recipe.data, data or recipe.data.test, report)
+    frozen = freeze(cast("GraphModule", student))
+    model = to_onnx(frozen, {"recipe": recipe.name})
+    parity = check_parity(model, frozen, parity_images(pairs, frozen))
+    require_parity(parity)
+    path = file or folder / "student.onnx"
+    write_model(model, path)
+    return path, parity
+
+
+def check_recipe(recipe: Recipe, report: Report) -> list[str]:
+    """Everything short of training: what was found, one line each.
+
+    Raises:
+        SparkirError: the first thing that would have stopped the run.
+    """
+    materials = gather(recipe, report)
+    findings = [
+        f"training images: {len(materials.train)}, test images: {len(materials.test)}, "
+        f"x{materials.train.scale}; measured as {convention_of(recipe).label}"
+    ]
+    for role, network in (("teacher", materials.teacher), ("student", materials.student)):
+        if network is not None:
+            count = sum(p.numel() for p in network.parameters())
+            findings.append(f"{role}: {facts_of(network).name}, {count:,} parameters")
+    weighting_of(recipe.weighting)
+    if recipe.quant is not None:
+        placement = placement_of(
+            quantize_student(materials.student, recipe.quant, materials.crops[:1])
+        )
+        findings.append(f"quantized to {recipe.quant.label}: {len(placement.layers)} layers")
+        findings += [
+            f"left in float: {name} ({why})" for name, why in placement.left_in_float.items()
+        ]
+    return findings

@@ -1,0 +1,22 @@
+from collections.abc import Iterator
+
+import pytest
+import torch
+
+
+@pytest.fixture(autouse=True)
+def one_thread() -> Iterator[None]:
+    """Equal seeds give equal bits, and other work on the machine is left in peace."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    torch.manual_seed(0)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture
+def images() -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """(student, teacher, target), (4, 3, 32, 32) in [0, 1]: random, the student farther off."""
+    target = torch.rand(4, 3, 32, 32)
+    teacher = (target + 0.05 * torch.randn_like(target)).clamp(0, 1)
+    return (target + 0.1 * torch.randn_like(target)).clamp(0, 1), teacher, target
