@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import inspect
 import json
 import os
+import textwrap
 from collections.abc import Callable
 from dataclasses import dataclass
 from importlib import metadata, resources
@@ -18,7 +20,8 @@ from sparkir.data.images import find_images
 from sparkir.data.pairs import PairStore, PatchSampler
 from sparkir.data.photographs import photographs
 from sparkir.errors import SparkirError
-from sparkir.evaluate.metrics import Convention
+from sparkir.evaluate.infer import device_of, evaluating
+from sparkir.evaluate.metrics import Convention, ssim
 from sparkir.models.checkpoint import load_weights, read_metadata, read_weights, save_weights
 from sparkir.models.facts import facts_of
 from sparkir.models.registry import build
@@ -30,6 +33,7 @@ from sparkir.spark.weighting import Weighting, weighting
 
 Report = Callable[[dict[str, Any]], None]
 _CALIBRATION_SEED = 7_919
+_TRIAL_PX = 24
 
 
 def silent(event: dict[str, Any]) -> None:
@@ -88,7 +92,12 @@ def degradation_of(data: Data) -> Degradation:
 
 def convention_of(recipe: Recipe) -> Convention:
     """How this recipe's results are measured."""
-    return Convention(space=recipe.metric, crop_px=recipe.data.scale if recipe.metric == "y" else 0)
+    return convention(recipe.metric, recipe.data.scale)
+
+
+def convention(space: Literal["y", "rgb"], scale: int) -> Convention:
+    """The field's habit: super-resolution on luma leaves a border of `scale` px out."""
+    return Convention(space=space, crop_px=scale if space == "y" and scale > 1 else 0)
 
 
 def build_network(choice: Network) -> nn.Module:
@@ -122,7 +131,7 @@ def build_student(recipe: Recipe, teacher: nn.Module | None) -> nn.Module:
         except RuntimeError as error:
             raise SparkirError(
                 'student.weights = "teacher" needs the teacher\'s architecture and options: '
-                + str(error).partition("\n")[2].strip()
+                + _what_differs(error)
             ) from error
     return student
 
@@ -134,8 +143,20 @@ def quantize_student(student: nn.Module, spec: QuantSpec, crops: list[Tensor]) -
     return prepared
 
 
-def calibration_crops(pairs: PairStore, recipe: Recipe, channels: int) -> list[Tensor]:
-    """Input crops of the training images, (8, C, H, W) in [0, 1] each."""
+def device_for(recipe: Recipe) -> torch.device:
+    """Where to train.
+
+    Raises:
+        SparkirError: the recipe asks for a GPU and there is none.
+    """
+    found = torch.cuda.is_available()
+    if recipe.train.device == "cuda" and not found:
+        raise SparkirError('train.device = "cuda", but torch sees no GPU; use "auto" or "cpu"')
+    return torch.device("cuda" if found and recipe.train.device != "cpu" else "cpu")
+
+
+def calibration_crops(pairs: PairStore, recipe: Recipe) -> list[Tensor]:
+    """Input crops of the training images, (8, 3, H, W) in [0, 1] each."""
     sampler = PatchSampler(
         pairs, patch_px=recipe.data.patch_px, batch=8, seed=recipe.seed + _CALIBRATION_SEED
     )
@@ -145,10 +166,20 @@ def calibration_crops(pairs: PairStore, recipe: Recipe, channels: int) -> list[T
 
 def weighting_of(choice: WeightingChoice) -> Weighting:
     """A source of W; an option that it does not have is the user's mistake."""
-    try:
-        return weighting(choice.name, **choice.options)
-    except TypeError as error:
-        raise SparkirError(f"weighting.options of {choice.name!r}: {error}") from error
+    parameters = inspect.signature(type(weighting(choice.name))).parameters.values()
+    fixed_by_name = ("feature",)
+    known = [
+        p.name
+        for p in parameters
+        if p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD) and p.name not in fixed_by_name
+    ]
+    for option in choice.options:
+        if option not in known:
+            raise SparkirError(
+                f"weighting {choice.name!r} has no option {option!r}; "
+                f"weighting.options may hold: {', '.join(known) or 'nothing'}"
+            )
+    return weighting(choice.name, **choice.options)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -164,21 +195,67 @@ class Materials:
 
 
 def gather(recipe: Recipe, report: Report = silent) -> Materials:
-    """Open the data and build the networks."""
+    """Build the networks, open the data, and make sure that they fit.
+
+    Raises:
+        SparkirError: whatever would stop the run later, as far as it can be known now.
+    """
+    weighting_of(recipe.weighting)
+    device = device_for(recipe)
+    teacher = None if recipe.teacher is None else build_network(recipe.teacher).eval()
+    student = build_student(recipe, teacher).to(device)
+    for role, network in (("teacher", teacher), ("student", student)):
+        if network is not None:
+            _require_fit(role, network.to(device), recipe.data.scale)
     train_pairs = open_pairs(recipe.data, recipe.data.train, report)
     test_pairs = open_pairs(recipe.data, recipe.data.test, report)
-    teacher = None if recipe.teacher is None else build_network(recipe.teacher).eval()
-    student = build_student(recipe, teacher)
-    for role, network in (("teacher", teacher), ("student", student)):
-        if network is not None and facts_of(network).scale != train_pairs.scale:
-            raise SparkirError(
-                f"the {role} restores x{facts_of(network).scale}, but the data is "
-                f"x{train_pairs.scale}; set {role}.options.scale or data.scale"
-            )
-    crops = calibration_crops(train_pairs, recipe, facts_of(student).channels)
+    if train_pairs.scale != recipe.data.scale:
+        raise SparkirError(
+            f"data.scale is {recipe.data.scale}, but {recipe.data.degradation} keeps the size; "
+            "set data.scale = 1"
+        )
+    _require_measurable(test_pairs, convention_of(recipe))
+    crops = calibration_crops(train_pairs, recipe)
     return Materials(
         train=train_pairs, test=test_pairs, teacher=teacher, student=student, crops=crops
     )
+
+
+@torch.no_grad()
+def _require_fit(role: str, network: nn.Module, scale: int) -> None:
+    """Stop now if the network could not be trained on RGB images of this scale."""
+    facts = facts_of(network)
+    if facts.scale != scale:
+        raise SparkirError(
+            f"the {role} restores x{facts.scale}, but the data is x{scale}; "
+            f"set {role}.options.scale or data.scale"
+        )
+    if facts.channels != 3:
+        raise SparkirError(
+            f"the {role} {facts.name} restores {facts.channels}-channel images, but training is "
+            f"on RGB; set {role}.options.channels = 3 or choose another network"
+        )
+    side = -(-max(_TRIAL_PX, facts.min_size_px) // facts.size_multiple) * facts.size_multiple
+    with evaluating(network):
+        output = network(torch.zeros(1, 3, side, side, device=device_of(network)))
+    shape = tuple(output.shape) if isinstance(output, Tensor) else type(output).__name__
+    if shape != (1, 3, scale * side, scale * side):
+        raise SparkirError(
+            f"the {role} {facts.name} returns {shape} for an image (1, 3, {side}, {side}); it must "
+            f"return one tensor, the restored image (1, 3, {scale * side}, {scale * side})"
+        )
+
+
+def _require_measurable(pairs: PairStore, convention: Convention) -> None:
+    """Stop now if the smallest image leaves nothing to measure."""
+    smallest = min(range(len(pairs)), key=lambda index: min(pairs.lq_size(index)))
+    _, gt = pairs.pair(smallest)
+    try:
+        ssim(gt, gt, convention)
+    except SparkirError as error:
+        raise SparkirError(
+            f"test image {pairs.names[smallest]}: {error}; remove it or take a larger one"
+        ) from error
 
 
 def save_student(recipe: Recipe, student: nn.Module, path: Path) -> None:
@@ -215,6 +292,11 @@ def load_student(path: Path) -> tuple[nn.Module, Recipe]:
     except RuntimeError as error:
         raise SparkirError(
             f"{path} was made by sparkir {words.get('sparkir')}, whose networks differ: "
-            + str(error).partition("\n")[2].strip()
+            + _what_differs(error)
         ) from error
     return student.eval(), recipe
+
+
+def _what_differs(error: RuntimeError) -> str:
+    """The keys that `load_state_dict` complains of, on one line of a readable length."""
+    return textwrap.shorten(str(error).partition("\n")[2], 400, placeholder=" ...")

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import re
+import shlex
 import signal
 import sys
 from collections.abc import Iterator
@@ -13,6 +15,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.console import Console
+from rich.markup import escape
 from rich.progress import (
     BarColumn,
     MofNCompleteColumn,
@@ -39,7 +42,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     rich_markup_mode="rich",
 )
-out, err = Console(), Console(stderr=True)
+out, err = Console(emoji=False), Console(stderr=True, emoji=False)
 
 RecipeName = Annotated[str, typer.Argument(help="A recipe file, or a name from `sparkir recipes`.")]
 Overrides = Annotated[
@@ -66,11 +69,9 @@ def main() -> None:
     try:
         app()
     except SparkirError as error:
-        err.print(f"[bold red]error:[/] {_plain(str(error))}", highlight=False, soft_wrap=True)
+        lines = (line.strip() for line in str(error).splitlines())
+        _say(f"[bold red]error:[/] {escape(' '.join(filter(None, lines)))}", to=err)
         sys.exit(1)
-    except KeyboardInterrupt:
-        err.print("stopped; nothing half-written was left behind")
-        sys.exit(130)
 
 
 @app.command()
@@ -96,8 +97,11 @@ def distill(
     changes = [*_shortcuts(teacher, student, bits, data), *(overrides or ())]
     chosen = _load(recipe, changes)
     folder = out_folder or _default_folder(chosen.name, resume=resume)
-    out.print(f"[bold]{chosen.name}[/]: {_plain(chosen.description)}", highlight=False)
-    out.print(f"run folder [bold]{folder}[/]; a first Ctrl-C stops after the step, to be resumed")
+    _say(f"[bold]{escape(chosen.name)}[/]: {escape(chosen.description)}")
+    _say(
+        f"run folder [bold]{escape(str(folder))}[/]; "
+        "a first Ctrl-C stops after the step, to be resumed"
+    )
     with _display() as shown, shown.stoppable():
         try:
             outcome = run.distill(
@@ -107,9 +111,13 @@ def distill(
                 report=shown,
                 stop_requested=lambda: shown.stop,
             )
-        except Interrupted:
+        except (Interrupted, KeyboardInterrupt) as error:
+            if not (folder / "recipe.toml").is_file():
+                raise
             shown.finish()
-            err.print(f"stopped and saved; go on with --resume --out {folder}")
+            what = "stopped and saved" if isinstance(error, Interrupted) else "stopped"
+            command = f"--resume --out {shlex.quote(str(folder))}"
+            _say(f"{what}; go on with {escape(command)}", to=err)
             sys.exit(130)
     _print_outcome(outcome)
 
@@ -135,9 +143,10 @@ def evaluate(
     with _display() as shown:
         pairs, convention = evaluation_setup(opened, data, metric, shown)
         scores = benchmark.evaluate(opened.network, pairs, convention)
-    table = Table("image", "PSNR dB", "SSIM", title=f"{opened.label}: {convention.label}")
+    _say(escape(f"{opened.label}: {convention.label}; SSIM alike"))
+    table = Table("image", "PSNR dB", "SSIM")
     for score in [*(scores if each else ()), benchmark.mean(scores)]:
-        table.add_row(score.name, f"{score.psnr_db:.3f}", f"{score.ssim:.4f}")
+        table.add_row(escape(score.name), f"{score.psnr_db:.3f}", f"{score.ssim:.4f}")
     out.print(table)
 
 
@@ -155,9 +164,9 @@ def restore(
     opened = open_model(model, weights, _parse_options(option))
     with _display() as shown:
         made, failed = restore_files(opened, source, target, shown)
-    out.print(f"{len(made)} restored with {opened.label}, in {target}")
+    _say(escape(f"{len(made)} restored with {opened.label}, in {target}"))
     for message in failed:
-        err.print(f"[yellow]left out:[/] {_plain(message)}", highlight=False, soft_wrap=True)
+        _say(f"[yellow]left out:[/] {escape(message)}", to=err)
     if failed:
         sys.exit(1)
 
@@ -178,7 +187,7 @@ def export(
 
     with _display() as shown:
         path, parity = export_run(run_folder, to, file, data, shown)
-    out.print(f"{path} ({path.stat().st_size / 1024:.0f} KiB): {parity.summary()}")
+    _say(escape(f"{path} ({path.stat().st_size / 1024:.0f} KiB): {parity.summary()}"))
 
 
 @app.command()
@@ -189,8 +198,8 @@ def check(recipe: RecipeName, overrides: Overrides = None) -> None:
     with _display() as shown:
         findings = check_recipe(_load(recipe, overrides or ()), shown)
     for finding in findings:
-        out.print(_plain(finding), highlight=False, soft_wrap=True)
-    out.print("[green]ready[/]")
+        _say(escape(finding))
+    _say("[green]ready[/]")
 
 
 @app.command()
@@ -215,7 +224,7 @@ def recipes(
     elif name is None:
         _print_names(recipe.shipped())
     else:
-        out.print(_plain(recipe.load(name).to_toml()), highlight=False, soft_wrap=True)
+        _say(escape(recipe.load(name).to_toml()))
 
 
 # Arguments ------------------------------------------------------------------------------------
@@ -232,9 +241,9 @@ def _shortcuts(
 ) -> Iterator[str]:
     """The options of `distill` that stand for recipe keys."""
     if teacher is not None:
-        yield f"teacher.weights={str(teacher)!r}"
+        yield f"teacher.weights={_quoted(teacher)}"
     if student is not None:
-        yield f"student.model={student!r}"
+        yield f"student.model={_quoted(student)}"
     if bits is not None:
         found = re.fullmatch(r"w(\d+)a(\d+)", bits.lower())
         if not found:
@@ -244,10 +253,15 @@ def _shortcuts(
     if data is not None:
         parts = [data / split for split in ("train", "test")]
         if all(part.is_dir() for part in parts):
-            yield f"data.train={str(parts[0])!r}"
-            yield f"data.test={str(parts[1])!r}"
+            yield f"data.train={_quoted(parts[0])}"
+            yield f"data.test={_quoted(parts[1])}"
         else:
-            yield f"data.train={str(data)!r}"
+            yield f"data.train={_quoted(data)}"
+
+
+def _quoted(text: str | Path) -> str:
+    """A TOML string, which JSON's are as long as they escape no more than they must."""
+    return json.dumps(str(text), ensure_ascii=False)
 
 
 def _parse_options(texts: list[str] | None) -> dict[str, Any]:
@@ -293,7 +307,8 @@ class _Display:
         self.finish()
         self.psnr = ""
         self.training = event["name"].startswith("train")
-        self.task = self.progress.add_task(event["name"], total=event["steps"] or None, note="")
+        name = escape(event["name"])
+        self.task = self.progress.add_task(name, total=event["steps"] or None, note="")
 
     def _on_resumed(self, event: dict[str, Any]) -> None:
         self._show(None, event["step"], None)
@@ -311,12 +326,12 @@ class _Display:
         self._show("restoring", event["done"], event["total"], event["name"])
 
     def _on_warning(self, event: dict[str, Any]) -> None:
-        err.print(f"[yellow]warning:[/] {_plain(event['message'])}", highlight=False)
+        _say(f"[yellow]warning:[/] {escape(event['message'])}", to=err)
 
     def _show(self, name: str | None, done: int, total: int | None, note: str = "") -> None:
         if self.task is None:
-            self.task = self.progress.add_task(name or "", total=total, note=note)
-        options: dict[str, Any] = {"completed": done, "note": note}
+            self.task = self.progress.add_task(name or "", total=total, note="")
+        options: dict[str, Any] = {"completed": done, "note": escape(note)}
         if total is not None:
             options["total"] = total
         self.progress.update(self.task, **options)
@@ -357,10 +372,14 @@ def _display() -> Iterator[_Display]:
         TimeRemainingColumn(),
         TextColumn("{task.fields[note]}"),
     )
-    with Progress(*columns, console=out, refresh_per_second=4) as progress:
-        shown = _Display(progress)
-        yield shown
-        shown.finish()
+    try:
+        with Progress(*columns, console=out, refresh_per_second=4) as progress:
+            shown = _Display(progress)
+            yield shown
+            shown.finish()
+    except KeyboardInterrupt:
+        _say("stopped; nothing half-written was left behind", to=err)
+        sys.exit(130)
 
 
 def _print_outcome(outcome: Outcome) -> None:
@@ -371,22 +390,22 @@ def _print_outcome(outcome: Outcome) -> None:
     for index, name in enumerate(HEADER):
         table.add_column(name, justify="right" if index > 1 else "left")
     for row in outcome.rows:
-        table.add_row(*cells(row))
+        table.add_row(*map(escape, cells(row)))
     out.print(table)
     if outcome.parity is not None:
-        out.print(f"export: {outcome.parity.summary()}", soft_wrap=True)
-    out.print("written:")
+        _say(f"export: {escape(outcome.parity.summary())}")
+    _say("written:")
     for what, path in outcome.files.items():
-        out.print(f"  {what:12} {path}", soft_wrap=True, highlight=False)
+        _say(f"  {what:12} {escape(str(path))}")
 
 
 def _print_names(names: dict[str, str]) -> None:
     table = Table.grid(padding=(0, 3))
     for name, description in names.items():
-        table.add_row(f"[bold]{name}[/]", _plain(description))
+        table.add_row(f"[bold]{escape(name)}[/]", escape(description))
     out.print(table)
 
 
-def _plain(text: str) -> str:
-    """Text that must not be read as markup."""
-    return text.replace("[", r"\[")
+def _say(markup: str, *, to: Console = out) -> None:
+    """Print text, never broken into lines: it may hold a path, or be read by a program."""
+    to.print(markup, highlight=False, soft_wrap=True)

@@ -17,7 +17,7 @@ from sparkir.data.pairs import PairStore
 from sparkir.deploy.runtime import RuntimeNetwork
 from sparkir.distill.task import DistillationTask
 from sparkir.evaluate.benchmark import ImageScore, Restorer, evaluate
-from sparkir.evaluate.infer import restore_image
+from sparkir.evaluate.infer import device_of, restore_image
 from sparkir.evaluate.metrics import Convention
 from sparkir.models.facts import facts_of, restore
 from sparkir.quant.arithmetic import exact_rounding
@@ -199,8 +199,9 @@ def comparison(
 ) -> np.ndarray:
     """Every method's view of one detail, and the weight map of the recipe's own method."""
     lq, gt = materials.test.pair(0)
-    corner = sharpest_corner(gt, _DETAIL_PX)
-    panels = [Panel(title="ground truth", note="", image=crop(gt, corner, _DETAIL_PX))]
+    side = min(_DETAIL_PX, *gt.shape[:2])
+    corner = sharpest_corner(gt, side)
+    panels = [Panel(title="ground truth", note="", image=crop(gt, corner, side))]
     for one in measured:
         if one.row.arithmetic == "training":
             continue  # the integer network shows the same
@@ -210,7 +211,7 @@ def comparison(
             Panel(
                 title=title,
                 note=f"{score.psnr_db:.2f} dB, SSIM {score.ssim:.4f}",
-                image=crop(one.picture, corner, _DETAIL_PX),
+                image=crop(one.picture, corner, side),
             )
         )
     if recipe.distill is not None and not isinstance(own.weighting, Constant):
@@ -234,10 +235,12 @@ def _weight_panel(materials: Materials, own: Trained, lq: np.ndarray, gt: np.nda
 def weight_map(materials: Materials, own: Trained, lq: np.ndarray, gt: np.ndarray) -> np.ndarray:
     """(H, W), the weighting's mean W for one whole image."""
     task = DistillationTask(own.student, materials.teacher, weighting=own.weighting).eval()
+    device = device_of(own.student)
     batch, truth = (
-        torch.from_numpy(image.copy()).movedim(-1, 0)[None].float() / 255 for image in (lq, gt)
+        torch.from_numpy(image.copy()).movedim(-1, 0)[None].to(device).float() / 255
+        for image in (lq, gt)
     )
     assert materials.teacher is not None
     output, teacher = task.run_student(batch), restore(materials.teacher, batch)
     weights = own.weighting(output, teacher, truth)
-    return cast("np.ndarray", weights[0, 0].numpy())
+    return cast("np.ndarray", weights[0, 0].cpu().numpy())

@@ -110,6 +110,8 @@ class Train(_Section):
     """Largest gradient norm; 0 for no limit."""
     precision: Literal["float32", "bfloat16", "auto"] = "float32"
     """`auto` takes bfloat16 autocast where it is fast."""
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    """`auto` takes the GPU where there is one."""
     calibration_images: Annotated[int, Field(ge=1)] = 32
     """Training crops that set the grids before the first step."""
     log_every: Annotated[int, Field(ge=1)] = 10

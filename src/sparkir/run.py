@@ -10,7 +10,8 @@ import copy
 import json
 import platform
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
@@ -30,6 +31,7 @@ from sparkir.assemble import (
     weighting_of,
 )
 from sparkir.data.atomic import atomic_file
+from sparkir.data.codec import one_line
 from sparkir.data.images import write_png
 from sparkir.data.pairs import PatchSampler
 from sparkir.deploy.onnx import to_onnx, write_model
@@ -192,11 +194,11 @@ def distill(
     """Carry out a recipe in `folder`, or go on with what an earlier call began there.
 
     Raises:
-        SparkirError: something the user can mend; whatever was finished stays in the folder.
+        SparkirError: something the user can mend; whatever was trained stays in the folder, and
+            if that is nothing, there is no folder.
         Interrupted: `stop_requested` said so; call again with `resume`.
     """
-    claim(folder, recipe, resume=resume)
-    with EventLog(folder / "events.jsonl") as log:
+    with _claimed(folder, recipe, resume=resume), EventLog(folder / "events.jsonl") as log:
 
         def tell(event: dict[str, Any]) -> None:
             if event["kind"] != "decoding":
@@ -207,6 +209,26 @@ def distill(
         materials = gather(recipe, tell)
         trained = _train_methods(recipe, materials, folder, tell, stop_requested)
         return _finish(recipe, materials, trained, folder, tell)
+
+
+@contextmanager
+def _claimed(folder: Path, recipe: Recipe, *, resume: bool) -> Iterator[None]:
+    """Hold `folder` for a recipe; a new run that ends before its first checkpoint leaves nothing.
+
+    So that a mistake found on the way can be mended and the same command given again.
+    """
+    existed = folder.exists()
+    claim(folder, recipe, resume=resume)
+    try:
+        yield
+    except BaseException:
+        if not resume and not (folder / "training").exists():
+            for name in ("events.jsonl", "recipe.toml"):
+                (folder / name).unlink(missing_ok=True)
+            if not existed:
+                with suppress(OSError):  # somebody else put a file there
+                    folder.rmdir()
+        raise
 
 
 def claim(folder: Path, recipe: Recipe, *, resume: bool) -> None:
@@ -227,14 +249,21 @@ def claim(folder: Path, recipe: Recipe, *, resume: bool) -> None:
                 "Resume with the old values, or start a new run with another --out"
             )
         return
-    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        what = "already holds a run" if written.is_file() else "is not empty"
-        raise SparkirError(f"{folder} {what}; go on with --resume, or choose another --out")
     try:
+        if written.is_file():
+            raise SparkirError(
+                f"{folder} already holds a run; go on with --resume, or choose another --out"
+            )
+        if folder.is_file():
+            raise SparkirError(f"{folder} is a file; choose a folder for --out")
+        if folder.is_dir() and any(folder.iterdir()):
+            raise SparkirError(f"{folder} is not empty and holds no run; choose another --out")
         with atomic_file(written) as file:
             file.write(recipe.to_toml().encode())
     except OSError as error:
-        raise SparkirError(f"cannot write to {folder}: {error}; choose another --out") from error
+        raise SparkirError(
+            f"cannot write to {folder}: {one_line(error)}; choose another --out"
+        ) from error
 
 
 def versions() -> dict[str, str]:
@@ -259,7 +288,8 @@ def _train_methods(
     stop_requested: Callable[[], bool],
 ) -> list[Trained]:
     """The baseline that needs training, then, last, the recipe's own student."""
-    variants = [qat_only(recipe)] if "qat" in recipe.baselines else []
+    wanted = "qat" in recipe.baselines and recipe.distill is not None  # else it is the recipe
+    variants = [qat_only(recipe)] if wanted else []
     trained = []
     for variant in [*variants, recipe]:
         name = method_name(variant)
@@ -336,8 +366,7 @@ def _write_report(outcome: Outcome, recipe: Recipe) -> None:
     parts = [f"# {recipe.name}\n", to_markdown(outcome.rows, caption)]
     if outcome.parity is not None:
         parts.append(f"Export: {outcome.parity.summary()}.\n")
-    with atomic_file(outcome.files["table"]) as file:
-        file.write("\n".join(parts).encode())
+    _write_text(outcome.files["table"], "\n".join(parts))
     values = {
         "recipe": recipe.model_dump(mode="json"),
         "versions": versions(),
@@ -345,5 +374,14 @@ def _write_report(outcome: Outcome, recipe: Recipe) -> None:
         "rows": [row.as_values() for row in outcome.rows],
         "export": None if outcome.parity is None else outcome.parity.summary(),
     }
-    with atomic_file(outcome.folder / "report.json") as file:
-        file.write(json.dumps(values, indent=1).encode())
+    _write_text(outcome.folder / "report.json", json.dumps(values, indent=1))
+
+
+def _write_text(path: Path, text: str) -> None:
+    try:
+        with atomic_file(path) as file:
+            file.write(text.encode())
+    except OSError as error:
+        raise SparkirError(
+            f"cannot write {path}: {one_line(error)}; free some space and go on with --resume"
+        ) from error

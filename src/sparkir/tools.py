@@ -58,25 +58,52 @@ def open_model(
         SparkirError: nothing of the kind is there, or it is damaged.
     """
     path = Path(name)
-    if path.is_dir():
-        path = next(
-            (path / f for f in ("student.onnx", "student.safetensors") if (path / f).is_file()),
-            path / "student.safetensors",
-        )
-        if not path.is_file():
-            raise SparkirError(f"{path.parent} holds no finished run; finish it with --resume")
-    if path.suffix == ".onnx":
-        return Opened(network=RuntimeNetwork(path), label=f"{path} in ONNX Runtime")
-    if path.suffix == ".safetensors":
-        student, recipe = load_student(path)
-        if recipe.quant is not None:
-            student = freeze(cast("GraphModule", student))
-        return Opened(network=student, label=f"{path}", recipe=recipe)
-    if path.suffix in (".pth", ".pt"):
+    if not (path.exists() or path.suffix in (".onnx", ".safetensors", ".pth", ".pt")):
+        return _open_by_name(name, weights, options or {})
+    if path.suffix not in ("", ".onnx", ".safetensors") or (path.is_file() and not path.suffix):
         raise SparkirError(
             f"{path} does not say which network it is; give the network's name and --weights {path}"
         )
-    network = build(name, **(options or {}))
+    if weights is not None or options:
+        raise SparkirError(f"{path} has its own weights; leave out --weights and --option")
+    if path.is_dir():
+        return _open_run(path)
+    if path.suffix == ".onnx":
+        return Opened(network=RuntimeNetwork(path), label=f"{path} in ONNX Runtime")
+    student, recipe = load_student(path)
+    if recipe.quant is not None:
+        student = freeze(cast("GraphModule", student))
+    return Opened(network=student, label=f"{path}", recipe=recipe)
+
+
+def _open_run(folder: Path) -> Opened:
+    """The exported file if there is one, to be measured as the run's recipe says."""
+    student = _finished_student(folder)
+    if not (folder / "student.onnx").is_file():
+        return open_model(str(student))
+    return replace(open_model(str(folder / "student.onnx")), recipe=load(folder / "recipe.toml"))
+
+
+def _finished_student(folder: Path) -> Path:
+    """The student's file in a run folder.
+
+    Raises:
+        SparkirError: it is no run folder, or the run is not finished.
+    """
+    if not (folder / "recipe.toml").is_file():
+        raise SparkirError(f"{folder} is no run folder; give what `sparkir distill` wrote to")
+    if not (folder / "student.safetensors").is_file():
+        raise SparkirError(f"the run in {folder} is not finished; finish it with --resume")
+    return folder / "student.safetensors"
+
+
+def _open_by_name(name: str, weights: Path | None, options: Mapping[str, Any]) -> Opened:
+    try:
+        network = build(name, **options)
+    except SparkirError as error:
+        if name in available() or ":" in name:
+            raise
+        raise SparkirError(f"there is no run or file {name}, and {error}") from error
     if weights is None:
         raise SparkirError(f"the network {name} has no weights yet; add --weights FILE")
     load_weights(network, weights)

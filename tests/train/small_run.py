@@ -3,6 +3,7 @@
 Run as a script it trains in another process, to be killed there.
 """
 
+import random
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -72,7 +73,13 @@ class Run:
 
     def values(self) -> dict[str, Any]:
         """All of the state, and what each generator would draw next."""
-        return self.state.state_dict() | {"next": torch.rand(3).tolist(), "numpy": np.random.rand()}
+        state = self.state.state_dict()
+        state["next"] = {
+            "torch": torch.rand(3).tolist(),
+            "numpy": np.random.rand(),
+            "python": random.random(),
+        }
+        return state
 
 
 def small_run(
@@ -94,6 +101,7 @@ def small_run(
     teacher = EDSR(scale=2, width=8, blocks=1)
     torch.manual_seed(seed)
     np.random.seed(seed)
+    random.seed(seed)
     student: nn.Module = EDSR(scale=2, width=4, blocks=1)
     data = pairs()
     if bits is not None:
@@ -139,7 +147,7 @@ KILLED = {
     "source": "spark-paper",
     "bits": 4,
     "ema": 0.9,
-    "steps": 120,
+    "steps": 40,
     "checkpoint_every": 1,
     "options": {"reward_every": 2},
 }

@@ -19,7 +19,7 @@ from sparkir.data.atomic import atomic_file
 from sparkir.deploy.qdq import grid_calls, to_qdq
 from sparkir.errors import SparkirError
 from sparkir.models.facts import facts_of
-from sparkir.quant.prepare import placement_of
+from sparkir.quant.prepare import example_px, placement_of
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -56,7 +56,9 @@ def to_onnx(frozen: fx.GraphModule, metadata: Mapping[str, str] | None = None) -
 
     facts = facts_of(frozen)
     size = torch.export.Dim.DYNAMIC
-    example = torch.zeros(2, facts.channels, EXAMPLE_PX, EXAMPLE_PX + 8)
+    height = example_px(facts, at_least=EXAMPLE_PX)
+    width = example_px(facts, at_least=height + 8)
+    example = torch.zeros(2, facts.channels, height, width)
     with _quiet():
         program = torch.onnx.export(
             to_qdq(frozen),
@@ -97,7 +99,9 @@ def write_model(model: onnx.ModelProto, path: Path) -> None:
 
 def _translations() -> dict[Any, Callable[..., Any]]:
     """How the two operations of the QDQ form are written in ONNX."""
-    from onnxscript import opset21 as op
+    from onnxscript import opset21
+
+    op: Any = opset21  # its annotations speak of eager values, not of the graph being written
 
     def write_qdq(x: Any, scale: Any, zero: Any, top: int) -> Any:  # noqa: ANN401
         stored = op.QuantizeLinear(x, scale, zero)

@@ -101,7 +101,9 @@ def check_parity(
         bytes_of = dict(zip((call.name for call in calls), stored, strict=True))
         for layer in _teacher_forced(frozen, image, bytes_of):
             worst[layer.name] = max(
-                worst.get(layer.name, layer), layer, key=lambda one: (one.differing, one.total)
+                worst.get(layer.name, layer),
+                layer,
+                key=lambda one: (not one.passes, one.differing, one.total),
             )
         with torch.inference_mode():
             expected = frozen(image)

@@ -36,15 +36,6 @@ class Quantized(NamedTuple):
         """The real values."""
         return self.ints * self.scale
 
-    def size(self, *args: int) -> Any:  # noqa: ANN401 - torch's own signature
-        """Stands in for Tensor.size, which networks call to resize to."""
-        return self.ints.size(*args)
-
-    @property
-    def shape(self) -> torch.Size:
-        """The tensor's shape."""
-        return self.ints.shape
-
 
 class Accumulated(NamedTuple):
     """The int32 sums of a convolution, not yet on a grid."""

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import operator
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from enum import Enum, auto
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
@@ -37,21 +37,16 @@ class Kind(Enum):
 
 _FUNCTIONS: dict[Any, Kind] = {
     operator.add: Kind.ADD,
-    operator.iadd: Kind.ADD,
     torch.add: Kind.ADD,
     "add": Kind.ADD,
-    "add_": Kind.ADD,
     operator.mul: Kind.MULTIPLY,
-    operator.imul: Kind.MULTIPLY,
     torch.mul: Kind.MULTIPLY,
     "mul": Kind.MULTIPLY,
-    "mul_": Kind.MULTIPLY,
     torch.cat: Kind.CONCATENATE,
     torch.concat: Kind.CONCATENATE,
     torch.relu: Kind.RELU,
     F.relu: Kind.RELU,
     "relu": Kind.RELU,
-    "relu_": Kind.RELU,
     torch.sigmoid: Kind.TABLE,
     F.sigmoid: Kind.TABLE,
     "sigmoid": Kind.TABLE,
@@ -134,11 +129,44 @@ def trace(network: nn.Module, taps: tuple[str, ...]) -> fx.GraphModule:
     found |= {f"taps.{path.replace('.', '_')}": Tap() for path in taps}
     used = {str(node.target) for node in graph.nodes if node.op in ("call_module", "get_attr")}
     root = {name: value for name, value in found.items() if name in used}
-    return fx.GraphModule(root, graph, type(network).__name__)
+    _make_out_of_place(graph, root)
+    module = fx.GraphModule(root, graph, type(network).__name__)
+    module.graph.eliminate_dead_code()
+    module.recompile()
+    return module
+
+
+def _make_out_of_place(graph: fx.Graph, root: Mapping[str, Any]) -> None:
+    """Let what changes a tensor make a new one, and whoever reads the tensor later read that."""
+    place = {node: number for number, node in enumerate(graph.nodes)}
+    in_place = {name for name, module in root.items() if getattr(module, "inplace", False)}
+    for name in in_place:
+        root[name].inplace = False
+    for node in graph.nodes:
+        module_in_place = node.op == "call_module" and str(node.target) in in_place
+        if not (module_in_place or _swap_in_place_function(node)):
+            continue
+        changed = node.all_input_nodes[0]
+        for reader in list(changed.users):
+            if place[reader] > place[node]:
+                reader.replace_input_with(changed, node)
+
+
+def _swap_in_place_function(node: fx.Node) -> bool:
+    """Whether `node` calls a function that changes its input; it then calls the other form."""
+    if node.kwargs.get("inplace"):
+        node.update_kwarg("inplace", False)
+        return True
+    is_method = node.op == "call_method"
+    name = str(node.target) if is_method else getattr(node.target, "__name__", "")
+    if not (name.endswith("_") and hasattr(Tensor if is_method else torch, name[:-1])):
+        return False
+    node.target = name[:-1] if is_method else getattr(torch, name[:-1])
+    return True
 
 
 class _Recorder(fx.Interpreter):
-    """Runs a graph once and notes which nodes are tensors."""
+    """Runs a graph once and notes which nodes are tensors, or several in a tuple."""
 
     def __init__(self, module: fx.GraphModule) -> None:
         super().__init__(module)
@@ -146,7 +174,8 @@ class _Recorder(fx.Interpreter):
 
     def run_node(self, n: fx.Node) -> Any:  # noqa: ANN401 - torch's own signature
         result = super().run_node(n)
-        self.is_tensor[n] = isinstance(result, Tensor)
+        parts = result if isinstance(result, tuple | list) else (result,)
+        self.is_tensor[n] = any(isinstance(part, Tensor) for part in parts)
         return result
 
 
@@ -165,7 +194,7 @@ def classify(network: fx.GraphModule, example: Tensor) -> dict[fx.Node, Kind]:
         elif node.op == "placeholder":
             kinds[node] = Kind.INPUT
         else:
-            kinds[node] = _kind(node, network, varying)
+            kinds[node] = _kind(node, network, kinds)
     return kinds
 
 
@@ -178,7 +207,20 @@ def _depends_on_input(network: fx.GraphModule) -> set[fx.Node]:
     return varying
 
 
-def _kind(node: fx.Node, network: fx.GraphModule, varying: set[fx.Node]) -> Kind:
+def parts_of(concatenation: fx.Node) -> list[Any]:
+    """What a concatenation joins."""
+    parts = concatenation.kwargs.get("tensors") or concatenation.args[0]
+    return list(parts) if isinstance(parts, tuple | list) else [None]
+
+
+def dimension_of(concatenation: fx.Node) -> int:
+    """Along which dimension it joins them."""
+    args, words = concatenation.args, concatenation.kwargs
+    positional = args[1] if len(args) > 1 else 0
+    return cast("int", words.get("dim", words.get("axis", positional)))
+
+
+def _kind(node: fx.Node, network: fx.GraphModule, kinds: Mapping[fx.Node, Kind]) -> Kind:
     if node.op == "call_module":
         module = network.get_submodule(str(node.target))
         if isinstance(module, Tap):
@@ -187,9 +229,11 @@ def _kind(node: fx.Node, network: fx.GraphModule, varying: set[fx.Node]) -> Kind
             return Kind.FLOAT
         return _MODULES.get(type(module), Kind.FLOAT)
     kind = _FUNCTIONS.get(node.target, Kind.FLOAT)
-    operands = [n for n in node.all_input_nodes if n in varying]
-    if kind in (Kind.ADD, Kind.MULTIPLY) and (len(operands) != 2 or node.kwargs):
+    tensors = {n for n in node.all_input_nodes if kinds[n] is not Kind.NOT_A_TENSOR}
+    if kind in (Kind.ADD, Kind.MULTIPLY) and (len(tensors) != 2 or node.kwargs):
         return Kind.FLOAT  # with a constant, or an addition of something with itself
+    if kind is Kind.CONCATENATE and not tensors.issuperset(parts_of(node)):
+        return Kind.FLOAT
     if kind is Kind.PASS and len(node.all_input_nodes) != 1:
         return Kind.FLOAT
     return kind
@@ -197,8 +241,9 @@ def _kind(node: fx.Node, network: fx.GraphModule, varying: set[fx.Node]) -> Kind
 
 def reason_for_float(node: fx.Node, network: fx.GraphModule) -> str:
     """Why an operation stays in floating point."""
-    if _FUNCTIONS.get(node.target) in (Kind.ADD, Kind.MULTIPLY):
-        return "one of its operands is a constant"
+    if _FUNCTIONS.get(node.target) in (Kind.ADD, Kind.MULTIPLY, Kind.CONCATENATE):
+        twice = len(node.args) == 2 and node.args[0] is node.args[1]
+        return "its operands are one tensor" if twice else "one of its operands is a constant"
     if node.op != "call_module":
         return REASONS.get(node.target, "no integer kernel is known for it")
     module = network.get_submodule(str(node.target))

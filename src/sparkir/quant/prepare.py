@@ -18,8 +18,15 @@ import torch
 from torch import Tensor, fx, nn
 
 from sparkir.errors import SparkirError
-from sparkir.models.facts import facts_of
-from sparkir.quant.graph import Kind, classify, reason_for_float, trace
+from sparkir.models.facts import ModelFacts, facts_of
+from sparkir.quant.graph import (
+    Kind,
+    classify,
+    dimension_of,
+    parts_of,
+    reason_for_float,
+    trace,
+)
 from sparkir.quant.layers import (
     AbsorbedReLU,
     Add,
@@ -29,6 +36,7 @@ from sparkir.quant.layers import (
     Multiply,
     PassThrough,
     QuantConv2d,
+    QuantLayer,
     QuantLinear,
     Table,
 )
@@ -60,6 +68,13 @@ class _Request:
     """The concatenation."""
 
 
+def carry_facts(original: nn.Module, duplicate: nn.Module) -> None:
+    """Give a copy what the original carries: copying a graph leaves attributes behind."""
+    for name in ("facts", "placement"):
+        if hasattr(original, name):
+            setattr(duplicate, name, getattr(original, name))
+
+
 def placement_of(network: nn.Module) -> Placement:
     """What a prepared or frozen network carries."""
     placement = getattr(network, "placement", None)
@@ -81,11 +96,12 @@ def prepare(network: nn.Module, spec: QuantSpec) -> fx.GraphModule:
     image on the image's own grid of 256 levels: what a PNG file would hold.
 
     Raises:
-        SparkirError: the forward cannot be traced.
+        SparkirError: the forward cannot be traced, returns several values or calls a layer twice.
     """
     facts = facts_of(network)
     module = trace(copy.deepcopy(network), facts.taps)
-    example = torch.rand(1, facts.channels, EXAMPLE_PX, EXAMPLE_PX) * facts.value_range
+    side = example_px(facts, at_least=EXAMPLE_PX)
+    example = torch.rand(1, facts.channels, side, side) * facts.value_range
     for parameter in network.parameters():
         example = example.to(parameter.device)
         break
@@ -94,6 +110,12 @@ def prepare(network: nn.Module, spec: QuantSpec) -> fx.GraphModule:
     setattr(prepared, "facts", facts)  # noqa: B010 - for mypy
     prepared.train(network.training)
     return prepared
+
+
+def example_px(facts: ModelFacts, *, at_least: int) -> int:
+    """Height or width of an image that the network can take."""
+    smallest = max(at_least, facts.min_size_px)
+    return smallest + -smallest % facts.size_multiple
 
 
 class _Plan:
@@ -211,14 +233,8 @@ class _Rewriter:
 
     def _read(self, node: fx.Node) -> None:
         """Point `node` at its inputs on the grid it asks for."""
-        if self.plan.kinds[node] is Kind.NOT_A_TENSOR:  # asks for sizes only
-            for source in node.all_input_nodes:
-                if self.plan.kinds[source] is not Kind.NOT_A_TENSOR:
-                    node.replace_input_with(source, self._on_own_grid(source))
-            return
-        if self.plan.kinds[node] is Kind.INPUT:
-            return
-        request = self.plan.request_of(node)
+        sizes = self.plan.kinds[node] is Kind.NOT_A_TENSOR  # asks for them only, or for a device
+        request = _FLOAT if sizes else self.plan.request_of(node)
         for source in self.plan.tensor_inputs(node):
             node.replace_input_with(source, self._on_grid(source, request, before=node))
 
@@ -253,9 +269,7 @@ class _Rewriter:
             case Kind.MULTIPLY:
                 self._become(node, Multiply())
             case Kind.CONCATENATE:
-                dim = node.kwargs.get("dim", node.args[1] if len(node.args) > 1 else 0)
-                parts = cast("list[fx.Node]", node.kwargs.get("tensors") or node.args[0])
-                self._become(node, Concatenate(cast("int", dim)), parts)
+                self._become(node, Concatenate(dimension_of(node)), parts_of(node))
             case Kind.TABLE:
                 self._become(node, Table(self._operation(node)))
             case Kind.RELU if node in self.plan.absorbed:
@@ -311,10 +325,15 @@ class _Rewriter:
     def _swap_layer(self, node: fx.Node) -> None:
         name, bits = str(node.target), self.plan.weight_bits(node)
         layer = self.module.get_submodule(name)
-        if isinstance(layer, (nn.Conv2d, nn.Linear)):  # else it is called twice and already done
-            kind = QuantConv2d if isinstance(layer, nn.Conv2d) else QuantLinear
-            swapped = kind(layer, bits=bits, learned=self.plan.spec.learned)  # type: ignore[arg-type]
-            self.module.set_submodule(name, swapped)
+        if isinstance(layer, QuantLayer):
+            raise SparkirError(
+                f"the layer {name!r} is called twice, and each call reads another grid; "
+                "give each call a layer of its own"
+            )
+        kind = QuantConv2d if isinstance(layer, nn.Conv2d) else QuantLinear
+        swapped = kind(layer, bits=bits, learned=self.plan.spec.learned)  # type: ignore[arg-type]
+        self.module.set_submodule(name, swapped)
+        node.args, node.kwargs = tuple(node.all_input_nodes), {}
         self.placement.layers[name] = (bits, self.plan.reading_bits(node))
 
     def _operation(self, node: fx.Node) -> nn.Module:

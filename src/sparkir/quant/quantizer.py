@@ -136,7 +136,7 @@ class ActivationQuantizer(nn.Module):
 def _numel(value: Value) -> int:
     """How many values there are, once the operation is done."""
     if isinstance(value, Sum | Product):
-        return torch.broadcast_shapes(value.a.shape, value.b.shape).numel()
+        return torch.broadcast_shapes(value.a.ints.shape, value.b.ints.shape).numel()
     return (value if isinstance(value, Tensor) else value.ints).numel()
 
 

@@ -131,7 +131,7 @@ def _least_squares_grid(
         best, reach = found, 0.1
     # A rare extreme that the thinned sample lacks can make clipping look cheap.
     grids = (best[1:], _grid_of_range(low, high, top=top, fixed=fixed))
-    return min(grids, key=lambda grid: _squared_error(sample, *grid, top))
+    return min(grids, key=lambda grid: _squared_error(sample, grid[0], grid[1], top))
 
 
 def _squared_error(x: Tensor, step: float, zero: int, top: int) -> float:

@@ -14,10 +14,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
-from sparkir.models.facts import facts_of
 from sparkir.quant.arithmetic import Accumulated, Quantized, Value, quantize
 from sparkir.quant.layers import QuantConv2d, QuantLayer
-from sparkir.quant.prepare import placement_of
+from sparkir.quant.prepare import carry_facts
 from sparkir.quant.quantizer import ActivationQuantizer
 
 _EXACT_FLOAT32 = 2**24
@@ -147,17 +146,11 @@ def freeze(student: fx.GraphModule) -> fx.GraphModule:
             grids[name] = IntegerQuantizer(module)
             frozen.set_submodule(name, grids[name])
         elif isinstance(module, QuantLayer):
-            _check_called_once(frozen.graph, name)
             source = grids[str(node.args[0].target)]
             kind = IntegerConv2d if isinstance(module, QuantConv2d) else IntegerLinear
             frozen.set_submodule(name, kind(cast("Any", module), name, source))
-    frozen.facts, frozen.placement = facts_of(student), placement_of(student)
+    carry_facts(student, frozen)
     return cast("fx.GraphModule", frozen)
-
-
-def _check_called_once(graph: fx.Graph, name: str) -> None:
-    calls = [n for n in graph.nodes if n.op == "call_module" and n.target == name]
-    assert len(calls) == 1, f"{name} is called {len(calls)} times; give each call its own weights"
 
 
 def stored_bytes(frozen: nn.Module) -> int:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import time
+from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
@@ -15,12 +16,13 @@ class EventLog:
     """Appends events to a file; a line is either whole or, after a kill, the last one."""
 
     def __init__(self, path: Path) -> None:
-        """Open `path` for appending.
+        """Open `path` for appending, after its last whole line.
 
         Raises:
             SparkirError: it cannot be opened.
         """
         try:
+            _drop_cut_line(path)
             self._file = path.open("a", encoding="utf-8")
         except OSError as error:
             raise SparkirError(f"cannot write the event stream {path}: {error}") from error
@@ -48,7 +50,16 @@ class EventLog:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
-        self._file.close()
+        with suppress(OSError):  # a full disk was told when the event was written
+            self._file.close()
+
+
+def _drop_cut_line(path: Path) -> None:
+    """Remove what follows the last line break, or the next event would be joined to it."""
+    if path.is_file():
+        with path.open("r+b") as file:
+            content = file.read()
+            file.truncate(content.rfind(b"\n") + 1)
 
 
 def read_events(path: Path) -> list[dict[str, Any]]:

@@ -58,7 +58,8 @@ def paint_weights(
     share = (level - below)[..., None]
     colour = _SCALE[below] * (1 - share) + _SCALE[below + 1] * share
     grey = image.astype(np.float64).mean(-1, keepdims=True)
-    return np.clip(0.72 * colour + 0.28 * grey, 0, 255).astype(np.uint8)
+    painted: np.ndarray = np.clip(0.72 * colour + 0.28 * grey, 0, 255).astype(np.uint8)
+    return painted
 
 
 def compose(

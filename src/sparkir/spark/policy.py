@@ -65,7 +65,8 @@ class Policy(nn.Module):
         mu, sigma = self(action.features)
         standard = (action.sample - mu) / sigma
         density = -0.5 * standard.square() - self.log_sigma - 0.5 * math.log(2 * math.pi)
-        return density.sum(dim=(1, 2, 3))
+        total: Tensor = density.sum(dim=(1, 2, 3))
+        return total
 
     def entropy(self) -> Float[Tensor, ""]:
         """Entropy of one cell's Gaussian, in nats."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -73,8 +74,9 @@ def train(
     task.train()
 
     while state.step < settings.steps:
-        step = state.step
+        step, began = state.step, time.perf_counter()
         lq, gt = (_to_unit_range(images, device) for images in state.sampler.next())
+        loaded = time.perf_counter()
         set_rates(optimizer, _rate_factor(step, settings))
 
         with torch.autocast(device.type, torch.bfloat16, enabled=settings.bfloat16):
@@ -99,7 +101,10 @@ def train(
 
         state.step += 1
         if state.step % settings.log_every == 0 or state.step == settings.steps:
-            report({"kind": "step", "step": state.step} | _summary(losses, loss, norm, optimizer))
+            summary = _summary(losses, loss, norm, optimizer)
+            took_s = time.perf_counter() - began
+            times = {"step_s": took_s, "data_share": (loaded - began) / took_s}
+            report({"kind": "step", "step": state.step} | summary | times)
         if _is_due(state.step, settings.evaluate_every, settings.steps):
             _evaluate(state, evaluate, checkpoint, report)
         stopping = stop_requested() and state.step < settings.steps

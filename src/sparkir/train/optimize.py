@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import math
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn, optim
 from torch.optim.swa_utils import AveragedModel
 
-from sparkir.models.facts import facts_of
+from sparkir.quant.prepare import carry_facts
 
 Schedule = Literal["cosine", "step", "constant"]
 _STEP_EVERY, _STEP_FACTOR = 0.25, 0.5
@@ -28,7 +28,8 @@ def build_optimizer(
 
     Grid steps are logarithms, so their rate is a share per step; decay would shrink the grids.
     """
-    grids, network = [], []
+    grids: list[nn.Parameter] = []
+    network: list[nn.Parameter] = []
     for parameter_name, parameter in student.named_parameters():
         if parameter.requires_grad:
             (grids if parameter_name.endswith("log_scale") else network).append(parameter)
@@ -36,7 +37,7 @@ def build_optimizer(
         {"params": network, "lr": learning_rate, "weight_decay": weight_decay},
         {"params": grids, "lr": grid_learning_rate, "weight_decay": 0.0},
     ]
-    kind = {"adam": optim.Adam, "adamw": optim.AdamW}[name]
+    kind = optim.Adam if name == "adam" else optim.AdamW
     optimizer = kind([group for group in groups if group["params"]])
     for group in optimizer.param_groups:
         group["initial_lr"] = group["lr"]
@@ -77,13 +78,13 @@ def build_average(student: nn.Module, decay: float) -> AveragedModel | None:
         return torch.lerp(average, current, 1 - reached)
 
     average = AveragedModel(student, avg_fn=moved, use_buffers=False)
-    average.module.facts = facts_of(student)
+    carry_facts(student, average.module)
     return average
 
 
 def fast_precision(device: torch.device) -> bool:
     """Whether bfloat16 is fast on `device`."""
     if device.type == "cuda":
-        return torch.cuda.is_bf16_supported()
-    capabilities = getattr(torch.cpu, "get_capabilities", dict)()
+        return bool(torch.cuda.is_bf16_supported())
+    capabilities: dict[str, Any] = getattr(torch.cpu, "get_capabilities", dict)()
     return bool(capabilities.get("amx_bf16") or capabilities.get("avx512_bf16"))

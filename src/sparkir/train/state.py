@@ -62,6 +62,8 @@ class TrainState:
         self.weighting.load_state_dict(state["weighting"])
         self.optimizer.load_state_dict(state["optimizer"])
         self.sampler.load_state_dict(state["sampler"])
+        if (self.average is None) != (state["average"] is None):
+            raise ValueError("only one of the two keeps a moving average")
         if self.average is not None:
             self.average.load_state_dict(state["average"])
         self.step, self.best = state["step"], dict(state["best"])
@@ -92,11 +94,12 @@ class TrainState:
             state = torch.load(path, map_location="cpu", weights_only=True)
         except Exception as error:  # torch names no common class for damaged files
             raise SparkirError(
-                f"cannot read the checkpoint {path}: {error}; delete it to start over"
+                f"cannot read the checkpoint {path} ({type(error).__name__}); "
+                "delete it to start over"
             ) from error
         try:
             self.load_state_dict(state)
-        except (RuntimeError, KeyError, ValueError) as error:
+        except (RuntimeError, KeyError, ValueError, TypeError, AttributeError) as error:
             raise SparkirError(f"the checkpoint {path} is of another run: {error}") from error
 
 
