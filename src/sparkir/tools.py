@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, cast
 
@@ -12,14 +12,14 @@ from torch.fx import GraphModule
 
 from sparkir.assemble import (
     Report,
+    convention,
     convention_of,
     gather,
     load_student,
     open_pairs,
     quantize_student,
-    weighting_of,
 )
-from sparkir.data.images import find_images, read_image, write_png
+from sparkir.data.images import check_stems, find_images, read_image, write_png
 from sparkir.data.pairs import PairStore
 from sparkir.deploy.onnx import to_onnx, write_model
 from sparkir.deploy.parity import Parity, check_parity, require_parity
@@ -30,10 +30,10 @@ from sparkir.evaluate.metrics import Convention
 from sparkir.measure import parity_images
 from sparkir.models.checkpoint import load_weights
 from sparkir.models.facts import facts_of
-from sparkir.models.registry import build
+from sparkir.models.registry import available, build
 from sparkir.quant.prepare import placement_of
 from sparkir.quant.reference import freeze
-from sparkir.recipe import Data, Recipe
+from sparkir.recipe import Data, Recipe, load
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -58,9 +58,10 @@ def open_model(
         SparkirError: nothing of the kind is there, or it is damaged.
     """
     path = Path(name)
-    if not (path.exists() or path.suffix in (".onnx", ".safetensors", ".pth", ".pt")):
+    is_file = path.exists() or path.suffix in (".onnx", ".safetensors", ".pth", ".pt")
+    if name in available() or not is_file:
         return _open_by_name(name, weights, options or {})
-    if path.suffix not in ("", ".onnx", ".safetensors") or (path.is_file() and not path.suffix):
+    if not path.is_dir() and path.suffix not in (".onnx", ".safetensors"):
         raise SparkirError(
             f"{path} does not say which network it is; give the network's name and --weights {path}"
         )
@@ -122,19 +123,15 @@ def evaluation_setup(
     if metric not in (None, "y", "rgb"):
         raise SparkirError(f"--metric {metric!r}: choose y or rgb")
     folder = Path(where)
-    if opened.recipe is not None:
-        data = opened.recipe.data
-    elif facts.scale > 1:
-        data = Data(train=where, test=where, degradation="bicubic", scale=facts.scale)  # type: ignore[arg-type]
-    else:
-        data = Data(train=where, test=where, degradation="pairs")
+    enlarges = facts.scale > 1
+    data = opened.recipe.data if opened.recipe else Data(train=where, test=where)
     if (folder / "input").is_dir() and (folder / "target").is_dir():
         data = data.model_copy(update={"degradation": "pairs", "scale": facts.scale})
-    space = metric or (opened.recipe.metric if opened.recipe else "y" if facts.scale > 1 else "rgb")
-    convention = Convention(
-        space="y" if space == "y" else "rgb", crop_px=facts.scale if space == "y" else 0
-    )
-    return open_pairs(data, where, report), convention
+    elif opened.recipe is None:
+        made = "bicubic" if enlarges else "pairs"
+        data = data.model_copy(update={"degradation": made, "scale": facts.scale})
+    space = metric or (opened.recipe.metric if opened.recipe else "y" if enlarges else "rgb")
+    return open_pairs(data, where, report), convention("y" if space == "y" else "rgb", facts.scale)
 
 
 def restore_files(
@@ -149,6 +146,11 @@ def restore_files(
     made: list[Path] = []
     failed: list[str] = []
     jobs = _jobs(source, target)
+    for image, result in jobs:
+        if result.exists() and result.samefile(image):
+            raise SparkirError(
+                f"{result} would replace the image it is made from; choose another OUT"
+            )
     for done, (image, result) in enumerate(jobs, 1):
         try:
             write_png(result, restore_image(opened.network, read_image(image)))
@@ -165,7 +167,9 @@ def _jobs(source: Path, target: Path) -> list[tuple[Path, Path]]:
     if source.is_dir():
         if target.is_file():
             raise SparkirError(f"{target} is a file; for a folder of images give a folder")
-        return [(image, target / f"{image.stem}.png") for image in find_images(source)]
+        images = find_images(source)
+        check_stems(images)
+        return [(image, target / f"{image.stem}.png") for image in images]
     if not source.exists():
         raise SparkirError(f"no image or folder at {source}; check the path")
     if target.suffix and not target.is_dir():
@@ -186,7 +190,7 @@ def export_run(
     """
     if to != "onnx":
         raise SparkirError(f"no export format {to!r}; known: onnx")
-    student, recipe = load_student(folder / "student.safetensors")
+    student, recipe = load_student(_finished_student(folder))
     if recipe.quant is None:
         raise SparkirError(f"the student in {folder} is in floating point; export is for integers")
     pairs = open_pairs(recipe.data, data or recipe.data.test, report)
@@ -214,7 +218,6 @@ def check_recipe(recipe: Recipe, report: Report) -> list[str]:
         if network is not None:
             count = sum(p.numel() for p in network.parameters())
             findings.append(f"{role}: {facts_of(network).name}, {count:,} parameters")
-    weighting_of(recipe.weighting)
     if recipe.quant is not None:
         placement = placement_of(
             quantize_student(materials.student, recipe.quant, materials.crops[:1])

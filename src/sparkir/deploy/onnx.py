@@ -110,8 +110,8 @@ def _translations() -> dict[Any, Callable[..., Any]]:
             stored = op.Clip(stored, low, high)
         return op.DequantizeLinear(stored, scale, zero)
 
-    def write_dequantize(ints: Any, scale: Any) -> Any:  # noqa: ANN401
-        return op.DequantizeLinear(ints, scale, axis=0)
+    def write_dequantize(ints: Any, scale: Any, zero: Any = None) -> Any:  # noqa: ANN401
+        return op.DequantizeLinear(ints, scale, zero, axis=0)
 
     return {
         torch.ops.sparkir.qdq.default: write_qdq,

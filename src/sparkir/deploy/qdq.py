@@ -24,8 +24,8 @@ def qdq(x: Tensor, scale: Tensor, zero: Tensor, top: int) -> Tensor:
 
 
 @torch.library.custom_op("sparkir::dequantize", mutates_args=())
-def dequantize(ints: Tensor, scale: Tensor) -> Tensor:
-    """Real weights or biases: integers (C_out, ...) times scale (C_out,)."""
+def dequantize(ints: Tensor, scale: Tensor, zero: Tensor | None = None) -> Tensor:
+    """Real weights or biases: integers (C_out, ...) times scale (C_out,). `zero` is all zeros."""
     return ints.float() * scale.view(-1, *[1] * (ints.dim() - 1))
 
 
@@ -35,7 +35,7 @@ def _(x: Tensor, scale: Tensor, zero: Tensor, top: int) -> Tensor:
 
 
 @dequantize.register_fake
-def _(ints: Tensor, scale: Tensor) -> Tensor:
+def _(ints: Tensor, scale: Tensor, zero: Tensor | None = None) -> Tensor:
     return ints.new_empty(ints.shape, dtype=torch.float32)
 
 
@@ -61,11 +61,14 @@ class QdqLayer(nn.Module):
         """The same layer."""
         super().__init__()
         self.layer = layer
+        # Without a zero point, even of zeros, ONNX Runtime keeps a Gemm in floating point.
+        zero = layer.weight.new_zeros(len(layer.weight)) if layer.weight.dim() == 2 else None
+        self.register_buffer("zero", zero)
 
     def forward(self, x: Tensor) -> Tensor:
         """Real values in and out."""
         layer = self.layer
-        weight = dequantize(layer.weight, layer.weight_scale)
+        weight = dequantize(layer.weight, layer.weight_scale, self.zero)
         bias = None if layer.bias is None else dequantize(layer.bias, layer.sum_scale)
         return layer.apply_weights(x, weight, bias)
 

@@ -1,0 +1,76 @@
+"""The shape of the package: who may import whom, what is public, what importing costs."""
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import sparkir
+
+SOURCE = Path(sparkir.__file__).parent
+# The data's path. A folder imports from those above it, never from one below.
+PATH = [
+    "data",
+    "models",
+    "quant",
+    "spark",
+    "distill",
+    "evaluate",
+    "train",
+    "deploy",
+    "report",
+]
+# These stand above all folders and wire them.
+ABOVE = {"cli", "run", "recipe", "assemble", "measure", "tools"}
+
+
+def imports_of(file: Path) -> set[str]:
+    """The first part below `sparkir` of everything that a file imports, wherever in it."""
+    found = set()
+    for node in ast.walk(ast.parse(file.read_text("utf-8"))):
+        if isinstance(node, ast.ImportFrom) and node.module:
+            names = [node.module]
+        elif isinstance(node, ast.Import):
+            names = [alias.name for alias in node.names]
+        else:
+            continue
+        found |= {name.split(".")[1] for name in names if name.startswith("sparkir.")}
+    return found
+
+
+@pytest.mark.parametrize("folder", PATH)
+def test_a_folder_imports_only_from_above(folder):
+    allowed = {"errors", *PATH[: PATH.index(folder) + 1]}
+    for file in (SOURCE / folder).glob("*.py"):
+        assert imports_of(file) <= allowed, file.name
+
+
+def test_the_path_names_every_folder():
+    folders = {p.name for p in SOURCE.iterdir() if p.is_dir() and (p / "__init__.py").exists()}
+    assert folders == {*PATH, "recipes"}
+    assert {p.stem for p in SOURCE.glob("*.py")} == ABOVE | {"__init__", "errors"}
+
+
+def test_spark_knows_nothing_of_the_other_folders():
+    for file in (SOURCE / "spark").glob("*.py"):
+        assert imports_of(file) <= {"spark"}, file.name
+
+
+def test_public_names():
+    assert sparkir.__all__ == ["SparkirError", "__version__"]
+    for name in sparkir.__all__:
+        assert hasattr(sparkir, name)
+
+
+def test_only_the_command_line_prints():
+    for file in SOURCE.rglob("*.py"):
+        calls = [n for n in ast.walk(ast.parse(file.read_text("utf-8"))) if isinstance(n, ast.Call)]
+        printing = [c for c in calls if isinstance(c.func, ast.Name) and c.func.id == "print"]
+        assert not printing or file.name == "cli.py", file
+
+
+def test_help_does_not_wait_for_torch():
+    code = "import sys, sparkir.cli; sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
