@@ -139,7 +139,8 @@ def build_student(recipe: Recipe, teacher: nn.Module | None) -> nn.Module:
 def quantize_student(student: nn.Module, spec: QuantSpec, crops: list[Tensor]) -> nn.Module:
     """The student with its grids in place, set by `crops` (B, C, H, W) in [0, 1]."""
     prepared = prepare(student, spec)
-    calibrate(prepared, (c * facts_of(student).value_range for c in crops), method=spec.calibration)
+    device, white = device_of(student), facts_of(student).value_range
+    calibrate(prepared, (crop.to(device) * white for crop in crops), method=spec.calibration)
     return prepared
 
 
@@ -201,6 +202,10 @@ def gather(recipe: Recipe, report: Report = silent) -> Materials:
         SparkirError: whatever would stop the run later, as far as it can be known now.
     """
     weighting_of(recipe.weighting)
+    if recipe.teacher is not None and not recipe.teacher.weights:
+        raise SparkirError(
+            "the teacher has no weights; set teacher.weights, or give --teacher FILE"
+        )
     device = device_for(recipe)
     teacher = None if recipe.teacher is None else build_network(recipe.teacher).eval()
     student = build_student(recipe, teacher).to(device)

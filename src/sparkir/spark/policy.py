@@ -27,7 +27,7 @@ class Action(NamedTuple):
 class Policy(nn.Module):
     """Three 3 x 3 convolutions and one learned standard deviation.
 
-    unspecified in the paper: widths, activations, and that sigma is one number.
+    unspecified in the paper: widths, activations, that sigma is one number, and where mu starts.
     """
 
     def __init__(self, channels: int = 4, *, width: int = 16, sigma: float = 0.2) -> None:

@@ -70,7 +70,9 @@ def reward(
 def undone(optimizer: optim.Optimizer) -> Iterator[None]:
     """Whatever steps `optimizer` takes inside, its parameters and state are put back after.
 
-    For looking one step ahead: the counterfactual is a real step of the real optimizer.
+    For looking one step ahead: unspecified in the paper, how the student that "learns without
+    spatial weighting" comes about. Here it is a real step of the real optimizer, from the same
+    weights on the same batch, with each image's W replaced by its mean.
     """
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
     saved = [p.detach().clone() for p in parameters]

@@ -111,7 +111,7 @@ class Confidence(Weighting):
 class SparkPaper(Weighting):
     """SPARK as published (arXiv 2606.15243), REINFORCE on the 8 x 8 grid.
 
-    Lines marked `unspecified in the paper` are our choices; all of them are arguments.
+    What is marked `unspecified in the paper` is our choice, here and in the modules it uses.
     """
 
     def __init__(
@@ -133,8 +133,8 @@ class SparkPaper(Weighting):
             reward_every: steps between two rewards, each of which costs about one more step.
             learning_rate: of the policy's Adam.
             entropy_bonus: reward for staying random, per nat and cell.
-            alpha: reward per dB of PSNR gained.
-            beta: reward per unit of SSIM gained.
+            alpha: reward per dB of PSNR gained; unspecified in the paper.
+            beta: reward per unit of SSIM gained; unspecified in the paper.
         """
         super().__init__()
         self.grid, self.reward_every, self.entropy_bonus = grid, reward_every, entropy_bonus
