@@ -22,6 +22,7 @@ from sparkir.run import train_student, versions
 
 HERE = Path(__file__).parent
 NAME = "teacher-rfdn-x2"
+WEIGHTS = HERE.parents[1] / "src" / "sparkir" / "models" / "weights" / "rfdn-x2-small.safetensors"
 CREDIT = {
     "licence": "weights trained on CID22 photographs (CC BY-SA 4.0, Cloudinary)",
     "record": f"records/{NAME}",
@@ -36,10 +37,9 @@ def main(photographs: str, *sets: str) -> None:
     with EventLog(folder / "events.jsonl") as log:
         trained = train_student(recipe, gather(recipe), folder, report=log)
     shutil.copy(folder / "events.jsonl", HERE / "events.jsonl")
-    weights = HERE / "rfdn-x2-small.safetensors"
-    save_weights(trained.student, weights, CREDIT)
+    save_weights(trained.student, WEIGHTS, CREDIT)
     (HERE / "recipe.toml").write_text(load(NAME).to_toml())
-    measure(Path(weights), ["photographs:test", *sets])
+    measure(WEIGHTS, ["photographs:test", *sets])
 
 
 def measure(weights: Path, sets: list[str]) -> None:
