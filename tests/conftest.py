@@ -9,7 +9,7 @@ DATA = Path(os.environ.get("SPARKIR_DATA", ROOT.parent / "shared" / "data"))
 
 @pytest.fixture(scope="session")
 def development_data() -> Path:
-    """The folder of benchmark sets and published weights; tests that need it are skipped without it."""
+    """The folder of benchmark sets and published weights; without it, the test is skipped."""
     if not DATA.is_dir():
         pytest.skip("needs the development data (benchmark sets and published weights)")
     return DATA

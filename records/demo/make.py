@@ -12,6 +12,7 @@ import sys
 from pathlib import Path
 
 import numpy as np
+import torch
 
 from sparkir.assemble import convention_of, gather
 from sparkir.evaluate.benchmark import evaluate
@@ -64,7 +65,7 @@ def main() -> None:
         found = evaluate(contender.restorer, materials.test, convention)
         scores[contender.name] = [[s.psnr_db for s in found]]
         similarity[contender.name] = [[s.ssim for s in found]]
-    for seed in SEEDS:
+    for done, seed in enumerate(SEEDS, 1):
         for name, changes in methods().items():
             folder = runs / f"{seed}-{name.replace(' ', '-')}"
             trained = train_student(recipe_of(changes, seed), materials, folder)
@@ -72,20 +73,27 @@ def main() -> None:
             scores.setdefault(name, []).append([s.psnr_db for s in found])
             similarity.setdefault(name, []).append([s.ssim for s in found])
             print(f"seed {seed}  {name:40} {np.mean(scores[name][-1]):.3f} dB", flush=True)
-    (HERE / "result.json").write_text(
-        json.dumps(
-            {
-                "versions": versions(),
-                "convention": convention.label,
-                "images": list(materials.test.names),
-                "seeds": list(SEEDS),
-                "psnr_db": scores,
-                "ssim": similarity,
-            },
-            indent=1,
-        )
-        + "\n"
-    )
+        write(scores, similarity, materials.test.names, SEEDS[:done])
+
+
+def write(
+    scores: dict[str, list[list[float]]],
+    similarity: dict[str, list[list[float]]],
+    images: tuple[str, ...],
+    seeds: tuple[int, ...],
+) -> None:
+    """Everything found so far."""
+    convention = convention_of(load("demo"))
+    values = {
+        "versions": versions(),
+        "threads": torch.get_num_threads(),
+        "convention": convention.label,
+        "images": list(images),
+        "seeds": list(seeds),
+        "psnr_db": scores,
+        "ssim": similarity,
+    }
+    (HERE / "result.json").write_text(json.dumps(values, indent=1) + "\n")
     (HERE / "result.md").write_text(table(scores, similarity, convention.label))
     (HERE / "recipe.toml").write_text(load("demo").to_toml())
 
@@ -94,8 +102,9 @@ def table(
     scores: dict[str, list[list[float]]], similarity: dict[str, list[list[float]]], label: str
 ) -> str:
     """Markdown, one row a method."""
+    seeds = len(scores["QAT"])
     lines = [
-        f"{label}; SSIM alike. Mean over 3 photographs and, where trained, {len(SEEDS)} seeds.",
+        f"{label}; SSIM alike. Mean over 3 photographs and, where trained, {seeds} seeds.",
         "",
         "| method | PSNR dB | SSIM | difference to QAT, dB | 95 % interval |",
         "| --- | ---: | ---: | ---: | ---: |",

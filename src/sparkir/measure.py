@@ -225,10 +225,8 @@ def comparison(
 def _weight_panel(materials: Materials, own: Trained, lq: np.ndarray, gt: np.ndarray) -> Panel:
     """The weight map on the whole test image."""
     weights = weight_map(materials, own, lq, gt)
-    side = min(gt.shape[:2])
-    note = f"whole image, W {weights.min():.2f} (dark) to {weights.max():.2f}"
-    painted = paint_weights(weights, gt)[:side, :side]
-    return Panel(title="where the policy looked", note=note, image=painted)
+    note = f"whole image, {weights.min():.2f} (dark) to {weights.max():.2f}"
+    return Panel(title="weight map W", note=note, image=paint_weights(weights, gt))
 
 
 @torch.no_grad()

@@ -21,6 +21,7 @@ from sparkir.deploy.runtime import Fusion, fusion_of, open_session, run_session
 from sparkir.errors import SparkirError
 from sparkir.models.facts import facts_of
 from sparkir.quant.arithmetic import Quantized
+from sparkir.quant.graph import Tap
 from sparkir.quant.layers import AbsorbedReLU
 from sparkir.quant.reference import IntegerLayer, IntegerQuantizer
 
@@ -200,10 +201,10 @@ class _TeacherForced(fx.Interpreter):
 
 def _made_by_layer(call: fx.Node, submodules: dict[str, Any]) -> bool:
     """Whether a grid holds a layer's result, possibly after an absorbed ReLU."""
-    node = call.args[0]
-    if isinstance(node, fx.Node) and isinstance(submodules.get(str(node.target)), AbsorbedReLU):
-        node = node.args[0]
-    return isinstance(node, fx.Node) and isinstance(submodules.get(str(node.target)), IntegerLayer)
+    (node,) = call.all_input_nodes
+    while isinstance(submodules.get(str(node.target)), AbsorbedReLU | Tap):
+        (node,) = node.all_input_nodes
+    return isinstance(submodules.get(str(node.target)), IntegerLayer)
 
 
 def _teacher_forced(

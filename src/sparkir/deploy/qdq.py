@@ -70,6 +70,9 @@ class QdqLayer(nn.Module):
         layer = self.layer
         weight = dequantize(layer.weight, layer.weight_scale, self.zero)
         bias = None if layer.bias is None else dequantize(layer.bias, layer.sum_scale)
+        if weight.dim() == 2 and x.dim() > 2:  # as a MatMul, its bias would be added in float
+            rows = layer.apply_weights(x.flatten(0, -2), weight, bias)
+            return rows.reshape(*x.shape[:-1], -1)
         return layer.apply_weights(x, weight, bias)
 
 

@@ -72,7 +72,7 @@ class EDSR(nn.Module):
             nn.Conv2d(width, width, 3, padding=1),
         )
         self.tail = nn.Sequential(_upsampler(scale, width), nn.Conv2d(width, 3, 3, padding=1))
-        self.register_load_state_dict_pre_hook(_drop_mean_shift)  # type: ignore[no-untyped-call]
+        self.register_load_state_dict_pre_hook(_drop_mean_shift)
 
     def forward(self, x: Tensor) -> Tensor:
         """Return the enlarged image; not clipped."""

@@ -118,7 +118,7 @@ class _RoundToGrid(torch.autograd.Function):
         return ints
 
     @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> Any:  # type: ignore[override]  # noqa: ANN401
+    def backward(ctx: Any, gradient: Tensor) -> Any:  # noqa: ANN401
         x, ints, step, own, inside = ctx.saved_tensors
         passed = gradient * inside
         to_x = to_step = to_own = None

@@ -29,6 +29,8 @@ class Kind(Enum):
     RELU = auto()
     PASS = auto()
     """Moves or selects values, so the grid stays as it is."""
+    TAP = auto()
+    """Does nothing; its input goes on as it is."""
     FLOAT = auto()
     """Everything else, left in floating point."""
     NOT_A_TENSOR = auto()
@@ -224,7 +226,7 @@ def _kind(node: fx.Node, network: fx.GraphModule, kinds: Mapping[fx.Node, Kind])
     if node.op == "call_module":
         module = network.get_submodule(str(node.target))
         if isinstance(module, Tap):
-            return Kind.PASS
+            return Kind.TAP
         if isinstance(module, nn.Conv2d) and module.padding_mode != "zeros":
             return Kind.FLOAT
         return _MODULES.get(type(module), Kind.FLOAT)

@@ -84,6 +84,7 @@ def placement_of(network: nn.Module) -> Placement:
 
 _FLOAT, _SUMS, _IMAGE, _CARRIER = (_Request(w) for w in ("float", "sums", "image", "bits"))
 _WRITES_A_GRID = {Kind.LAYER, Kind.ADD, Kind.MULTIPLY, Kind.TABLE, Kind.CONCATENATE}
+_PASSES = {Kind.PASS, Kind.RELU, Kind.TAP}
 _ABSORBS_RELU = {Kind.LAYER, Kind.ADD, Kind.MULTIPLY}
 
 
@@ -156,7 +157,9 @@ class _Plan:
                 return _Request("concatenation", owner=node)
             case Kind.RELU if node in self.absorbed:
                 return _SUMS
-            case Kind.PASS | Kind.RELU:
+            case Kind.TAP if self.asked[node] == {_SUMS}:
+                return _SUMS
+            case Kind.PASS | Kind.RELU | Kind.TAP:
                 return self.grid_of(node) or _FLOAT
             case Kind.OUTPUT:
                 return _IMAGE
@@ -182,10 +185,13 @@ class _Plan:
         """A ReLU whose own grid can do its work, right behind a layer that feeds only it."""
         if self.kinds[node] is not Kind.RELU:
             return False
-        (source,) = self.tensor_inputs(node)
         grid = self.grid_of(node)
-        shared = grid is not None and grid.what == "concatenation"
-        return self.kinds[source] in _ABSORBS_RELU and len(source.users) == 1 and not shared
+        if grid is not None and grid.what == "concatenation":
+            return False
+        (source,) = self.tensor_inputs(node)
+        while self.kinds[source] is Kind.TAP and len(source.users) == 1:
+            (source,) = self.tensor_inputs(source)
+        return self.kinds[source] in _ABSORBS_RELU and len(source.users) == 1
 
     def _reached_layers(self, start: Kind) -> set[fx.Node]:
         """Layers met first when walking from the image, or back from the output."""
@@ -287,7 +293,7 @@ class _Rewriter:
         own = self.plan.grid_of(node)
         if own is None:
             return
-        passed = self.plan.kinds[node] in (Kind.PASS, Kind.RELU) and node not in self.plan.absorbed
+        passed = self.plan.kinds[node] in _PASSES and node not in self.plan.absorbed
         # What only moves keeps its grid, but an exported file must say it again.
         name = str(cast("fx.Node", node.args[0]).target) if passed else self._grid(node, own)
         with self.graph.inserting_after(node):

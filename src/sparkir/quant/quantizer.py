@@ -73,7 +73,7 @@ class ActivationQuantizer(nn.Module):
     @property
     def levels(self) -> int:
         """Number of grid points."""
-        return 2**self.bits
+        return int(2**self.bits)
 
     @property
     def zero_level(self) -> int:
@@ -136,7 +136,7 @@ class ActivationQuantizer(nn.Module):
 def _numel(value: Value) -> int:
     """How many values there are, once the operation is done."""
     if isinstance(value, Sum | Product):
-        return torch.broadcast_shapes(value.a.ints.shape, value.b.ints.shape).numel()
+        return math.prod(torch.broadcast_shapes(value.a.ints.shape, value.b.ints.shape))
     return (value if isinstance(value, Tensor) else value.ints).numel()
 
 
@@ -156,12 +156,12 @@ class WeightQuantizer(nn.Module):
     @property
     def low(self) -> int:
         """The most negative integer."""
-        return -(2 ** (self.bits - 1))
+        return -int(2 ** (self.bits - 1))
 
     @property
     def high(self) -> int:
         """The most positive integer."""
-        return 2 ** (self.bits - 1) - 1
+        return int(2 ** (self.bits - 1)) - 1
 
     def scale(self) -> Tensor:
         """(C_out,), the steps."""

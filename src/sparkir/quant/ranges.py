@@ -74,10 +74,9 @@ def fit_grid(
     """
     top = 2**bits - 1
     low, high = min(seen.low, 0.0), max(seen.high, 0.0)
+    fixed: int | None = 2 ** (bits - 1) if symmetric else None
     if non_negative or low == 0.0:
         low, fixed = 0.0, 0
-    else:
-        fixed = 2 ** (bits - 1) if symmetric else None
     if high - low < 1e-12:  # a dead tensor: any step serves
         return 1.0 / top, fixed or 0
     sample = seen.sample()

@@ -10,6 +10,7 @@ from jaxtyping import Float, UInt8
 from PIL import Image, ImageDraw, ImageFont
 
 _PANEL_PX, _GAP_PX, _CAPTION_PX = 240, 12, 46
+_SMALLEST_TEXT_PX = 11
 _PAPER, _INK, _FAINT = (250, 250, 248), (24, 24, 27), (110, 110, 115)
 # Dark blue to warm yellow, evenly brighter: readable in grey print and with any colour vision.
 _SCALE = np.array(
@@ -65,20 +66,50 @@ def paint_weights(
 def compose(
     panels: Sequence[Panel], *, title: str, subtitle: str, columns: int = 5
 ) -> UInt8[np.ndarray, "h w 3"]:
-    """Lay panels out in rows, each enlarged without smoothing, with its title and note."""
+    """Lay panels out in rows, each as large as its place, with its title and note.
+
+    Pixels are enlarged without smoothing; text that is too long is written smaller, then cut.
+    """
     rows = -(-len(panels) // columns)
     head = 70
     width = columns * (_PANEL_PX + _GAP_PX) + _GAP_PX
     height = head + rows * (_PANEL_PX + _CAPTION_PX + _GAP_PX) + _GAP_PX
     sheet = Image.new("RGB", (width, height), _PAPER)
     draw = ImageDraw.Draw(sheet)
-    draw.text((_GAP_PX, 12), title, _INK, ImageFont.load_default(22))
-    draw.text((_GAP_PX, 42), subtitle, _FAINT, ImageFont.load_default(14))
+    inner = width - 2 * _GAP_PX
+    _write(draw, (_GAP_PX, 12), title, colour=_INK, size_px=22, width_px=inner)
+    _write(draw, (_GAP_PX, 42), subtitle, colour=_FAINT, size_px=14, width_px=inner)
     for index, panel in enumerate(panels):
         left = _GAP_PX + index % columns * (_PANEL_PX + _GAP_PX)
         top = head + index // columns * (_PANEL_PX + _CAPTION_PX + _GAP_PX)
-        tile = Image.fromarray(panel.image).resize((_PANEL_PX, _PANEL_PX), Image.Resampling.NEAREST)
-        sheet.paste(tile, (left, top))
-        draw.text((left, top + _PANEL_PX + 5), panel.title, _INK, ImageFont.load_default(16))
-        draw.text((left, top + _PANEL_PX + 26), panel.note, _FAINT, ImageFont.load_default(14))
+        sheet.paste(_fitted(panel.image), (left, top))
+        below = top + _PANEL_PX
+        _write(draw, (left, below + 5), panel.title, colour=_INK, size_px=16, width_px=_PANEL_PX)
+        _write(draw, (left, below + 26), panel.note, colour=_FAINT, size_px=14, width_px=_PANEL_PX)
     return np.asarray(sheet)
+
+
+def _fitted(image: UInt8[np.ndarray, "h w 3"]) -> Image.Image:
+    """The image with its longer side as long as a panel's."""
+    factor = _PANEL_PX / max(image.shape[:2])
+    height, width = (max(1, round(side * factor)) for side in image.shape[:2])
+    kind = Image.Resampling.NEAREST if factor >= 1 else Image.Resampling.BOX
+    return Image.fromarray(np.ascontiguousarray(image)).resize((width, height), kind)
+
+
+def _write(
+    draw: ImageDraw.ImageDraw,
+    place: tuple[int, int],
+    text: str,
+    *,
+    colour: tuple[int, int, int],
+    size_px: int,
+    width_px: int,
+) -> None:
+    """Write one line that stays within `width_px`."""
+    sizes = range(size_px, _SMALLEST_TEXT_PX - 1, -1)
+    fonts = [ImageFont.load_default(size) for size in sizes]
+    font = next((f for f in fonts if f.getlength(text) <= width_px), fonts[-1])
+    while font.getlength(text) > width_px:
+        text = text[:-4] + "..."
+    draw.text(place, text, colour, font)

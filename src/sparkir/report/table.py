@@ -54,4 +54,4 @@ def to_markdown(rows: Sequence[Row], caption: str) -> str:
 
 
 def _line(texts: Sequence[str]) -> str:
-    return "| " + " | ".join(texts) + " |"
+    return "| " + " | ".join(text.replace("|", r"\|") for text in texts) + " |"
