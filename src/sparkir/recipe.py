@@ -41,9 +41,9 @@ class Data(_Section):
     """Noise in 8-bit levels, or a range to draw from."""
     quality: tuple[int, int] | int = 40
     """JPEG quality, or a range to draw from."""
-    patch_px: Annotated[int, Field(ge=8)] = 48
+    patch_px: Annotated[int, Field(ge=8, strict=True)] = 48
     """Side of the input crops."""
-    batch: Annotated[int, Field(ge=1)] = 16
+    batch: Annotated[int, Field(ge=1, strict=True)] = 16
     """Crops per step."""
     skip_broken: bool = False
     """Leave unreadable images out instead of stopping."""
@@ -90,7 +90,7 @@ class WeightingChoice(_Section):
 class Train(_Section):
     """How long and how fast."""
 
-    steps: Annotated[int, Field(ge=1)]
+    steps: Annotated[int, Field(ge=1, strict=True)]
     """Optimizer steps."""
     optimizer: Literal["adam", "adamw"] = "adam"
     """The student's optimizer."""
@@ -102,7 +102,7 @@ class Train(_Section):
     """Of the network, not of the grids."""
     schedule: Literal["cosine", "step", "constant"] = "cosine"
     """Falls to 1 %, halves at every quarter, or stays."""
-    warmup: Annotated[int, Field(ge=0)] = 0
+    warmup: Annotated[int, Field(ge=0, strict=True)] = 0
     """Steps over which the rate rises."""
     ema: Annotated[float, Field(ge=0, lt=1)] = 0.0
     """Decay of the moving average that becomes the result; 0 for none."""
@@ -112,13 +112,13 @@ class Train(_Section):
     """`auto` takes bfloat16 autocast where it is fast."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """`auto` takes the GPU where there is one."""
-    calibration_images: Annotated[int, Field(ge=1)] = 32
+    calibration_images: Annotated[int, Field(ge=1, strict=True)] = 32
     """Training crops that set the grids before the first step."""
-    log_every: Annotated[int, Field(ge=1)] = 10
+    log_every: Annotated[int, Field(ge=1, strict=True)] = 10
     """Steps between two lines of the event stream."""
-    evaluate_every: Annotated[int, Field(ge=0)] = 0
+    evaluate_every: Annotated[int, Field(ge=0, strict=True)] = 0
     """Steps between two evaluations; 0 for one at the end."""
-    checkpoint_every: Annotated[int, Field(ge=1)] = 100
+    checkpoint_every: Annotated[int, Field(ge=1, strict=True)] = 100
     """Steps between two checkpoints."""
 
 
@@ -154,6 +154,8 @@ class Recipe(_Section):
             raise ValueError("[weighting] weights a distillation; add [distill]")
         if self.student.weights == "teacher" and self.teacher is None:
             raise ValueError('student.weights = "teacher" needs a [teacher]')
+        if self.data.degradation in ("noise", "jpeg") and self.data.scale != 1:
+            raise ValueError(f"{self.data.degradation} keeps the size; leave out data.scale")
         if self.data.degradation == "bicubic" and self.data.scale == 1:
             raise ValueError("bicubic needs data.scale = 2, 3, 4 or 8")
         if self.quant is None and {"ptq-w8a8", "ptq", "qat"} & set(self.baselines):
@@ -194,6 +196,8 @@ def from_values(values: Mapping[str, Any], source: str) -> Recipe:
     """A recipe from plain values; errors speak of `source`."""
     try:
         return Recipe.model_validate(values)
+    except SparkirError as error:  # of QuantSpec, which knows no recipes
+        raise SparkirError(f"{source}: {error}") from error
     except ValidationError as error:
         problems = "; ".join(_explain(item) for item in error.errors())
         raise SparkirError(f"{source}: {problems}") from error
@@ -248,7 +252,11 @@ def _explain(error: Any) -> str:  # noqa: ANN401 - pydantic's own record
     place = [str(part) for part in error["loc"]]
     key = ".".join(place)
     if error["type"] in ("extra_forbidden", "unexpected_keyword_argument"):
-        return _unknown("key", key, _keys_of(place[:-1]))
+        *section, name = place
+        bare = [known.rpartition(".")[2] for known in _keys_of(section)]
+        near = difflib.get_close_matches(name, bare, n=1, cutoff=0.5)
+        hint = f"did you mean {'.'.join([*section, *near])!r}?" if near else ""
+        return f"unknown key {key!r}; " + (hint or f"known: {', '.join(_keys_of(section))}")
     if error["type"] == "missing":
         return f"{key} is missing"
     message = error["msg"].removeprefix("Value error, ")

@@ -235,6 +235,14 @@ class TestGradients:
         for a, b in zip(found, expected, strict=True):
             assert torch.equal(a, b)
 
+    def test_none_through_a_source_that_forgets_to_detach(self, batch):
+        class Leaky(Weighting):
+            def forward(self, student, teacher, target):
+                return (student - target).abs().mean(1, keepdim=True)
+
+        task = DistillationTask(Convolutions(), Convolutions(), weighting=Leaky())
+        assert not task(*batch).weights.requires_grad
+
     def test_none_to_the_policy(self, batch):
         task = DistillationTask(Convolutions(), Convolutions(), weighting=SparkPaper()).train()
         task(*batch).total().backward()

@@ -25,6 +25,7 @@ def atomic_file(path: Path) -> Iterator[BinaryIO]:
     Missing parent folders are made. When the block raises, an older ``path`` stays as it was.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
+    _remove_abandoned(path.parent)
     partial = _partial_beside(path)
     try:
         with synced_file(partial) as file:
@@ -78,5 +79,9 @@ def _remove_abandoned(parent: Path) -> None:
             touched = max(path.stat().st_mtime for path in (partial, *partial.glob("*")))
         except FileNotFoundError:  # its owner finished meanwhile
             continue
-        if time.time() - touched > _ABANDONED_AFTER_S:
+        if time.time() - touched <= _ABANDONED_AFTER_S:
+            continue
+        if partial.is_dir():
             shutil.rmtree(partial, ignore_errors=True)
+        else:
+            partial.unlink(missing_ok=True)

@@ -11,9 +11,13 @@ import copy
 from typing import Any, cast
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
 from sparkir.quant.reference import IntegerLayer, IntegerQuantizer
+
+_FLOAT_MODULES = (nn.Conv2d, nn.ConvTranspose2d, nn.Linear)
+_FLOAT_FUNCTIONS = (F.conv2d, F.conv_transpose2d, F.linear)
 
 
 @torch.library.custom_op("sparkir::qdq", mutates_args=())
@@ -84,7 +88,25 @@ def to_qdq(frozen: fx.GraphModule) -> fx.GraphModule:
             view.set_submodule(name, QdqGrid(module))
         elif isinstance(module, IntegerLayer):
             view.set_submodule(name, QdqLayer(module))
+    _shield_float_convolutions(view)
     return cast("fx.GraphModule", view)
+
+
+def _shield_float_convolutions(view: fx.GraphModule) -> None:
+    """Put a bound that nothing reaches before each convolution that stays in float.
+
+    Between a bare DequantizeLinear and a QuantizeLinear, ONNX Runtime takes it upon itself to
+    round the weights of a convolution to 8 bits (its pass WeightBiasQuantization).
+    """
+    largest = torch.finfo(torch.float32).max
+    for node in view.graph.nodes:
+        module = view.get_submodule(str(node.target)) if node.op == "call_module" else None
+        if isinstance(module, _FLOAT_MODULES) or node.target in _FLOAT_FUNCTIONS:
+            source = node.all_input_nodes[0]
+            with view.graph.inserting_before(node):
+                bounded = view.graph.call_function(torch.clamp, (source, -largest, largest))
+            node.replace_input_with(source, bounded)
+    view.recompile()
 
 
 def grid_calls(frozen: fx.GraphModule) -> list[fx.Node]:

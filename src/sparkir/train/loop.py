@@ -95,7 +95,7 @@ def train(
             without = _output_after(other, task, lq, optimizer, trained, settings)
         optimizer.step()
         if learning:
-            _learn(weighting, _output(task, lq, settings), without, gt, step, report)
+            _learn(weighting, _output(task, lq, settings), without, gt, step, report, checkpoint)
         if state.average is not None:
             state.average.update_parameters(task.student)
 
@@ -138,10 +138,14 @@ def _checked_norm(
     norm = float(torch.nn.utils.clip_grad_norm_(list(trained), limit))
     if torch.isfinite(loss) and norm < float("inf"):
         return norm
+    what = f"the loss is {float(loss.detach())} and the gradient norm {norm}"
+    raise _diverged(what, step, checkpoint)
+
+
+def _diverged(what: str, step: int, checkpoint: Path) -> SparkirError:
     kept = f"the last good state is {checkpoint}" if checkpoint.exists() else "nothing was saved"
-    raise SparkirError(
-        f"the loss is {float(loss.detach())} and the gradient norm {norm} at step {step}; {kept}. "
-        "Lower train.learning_rate or set train.clip_norm"
+    return SparkirError(
+        f"{what} at step {step}; {kept}. Lower train.learning_rate or set train.clip_norm"
     )
 
 
@@ -165,8 +169,18 @@ def _output_after(
 
 @torch.no_grad()
 def _output(task: DistillationTask, lq: Tensor, settings: LoopSettings) -> Tensor:
-    with torch.autocast(lq.device.type, torch.bfloat16, enabled=settings.bfloat16):
-        return task.run_student(lq)
+    """The student's output, leaving its buffers (batch statistics) and the generators alone."""
+    buffers = list(task.student.buffers())
+    before = [buffer.clone() for buffer in buffers]
+    devices = [lq.device] if lq.device.type == "cuda" else []
+    with (
+        torch.random.fork_rng(devices),
+        torch.autocast(lq.device.type, torch.bfloat16, enabled=settings.bfloat16),
+    ):
+        output = task.run_student(lq)
+    for buffer, value in zip(buffers, before, strict=True):
+        buffer.copy_(value)
+    return output
 
 
 def _learn(
@@ -176,8 +190,11 @@ def _learn(
     gt: Tensor,
     step: int,
     report: Report,
+    checkpoint: Path,
 ) -> None:
     gain = reward(output, without, gt, alpha=weighting.alpha, beta=weighting.beta)
+    if not gain.isfinite().all():
+        raise _diverged(f"the reward is {gain.tolist()}", step, checkpoint)
     report({"kind": "policy", "step": step} | weighting.learn(gain))
 
 
