@@ -166,21 +166,32 @@ def calibration_crops(pairs: PairStore, recipe: Recipe) -> list[Tensor]:
 
 
 def weighting_of(choice: WeightingChoice) -> Weighting:
-    """A source of W; an option that it does not have is the user's mistake."""
+    """A source of W.
+
+    Raises:
+        SparkirError: it has no such option, or the option's value does not fit.
+    """
     parameters = inspect.signature(type(weighting(choice.name))).parameters.values()
     fixed_by_name = ("feature",)
-    known = [
-        p.name
+    known = {
+        p.name: p.default
         for p in parameters
         if p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD) and p.name not in fixed_by_name
-    ]
-    for option in choice.options:
+    }
+    for option, value in choice.options.items():
         if option not in known:
             raise SparkirError(
                 f"weighting {choice.name!r} has no option {option!r}; "
                 f"weighting.options may hold: {', '.join(known) or 'nothing'}"
             )
-    return weighting(choice.name, **choice.options)
+        if isinstance(known[option], int) and not (isinstance(value, int) and value >= 1):
+            raise SparkirError(f"weighting.options.{option} = {value!r}: give a whole number >= 1")
+    try:
+        return weighting(choice.name, **choice.options)
+    except ValueError as error:
+        raise SparkirError(
+            f"weighting.options = {choice.options} do not fit {choice.name!r}: {error}"
+        ) from error
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -214,11 +225,6 @@ def gather(recipe: Recipe, report: Report = silent) -> Materials:
             _require_fit(role, network.to(device), recipe.data.scale)
     train_pairs = open_pairs(recipe.data, recipe.data.train, report)
     test_pairs = open_pairs(recipe.data, recipe.data.test, report)
-    if train_pairs.scale != recipe.data.scale:
-        raise SparkirError(
-            f"data.scale is {recipe.data.scale}, but {recipe.data.degradation} keeps the size; "
-            "set data.scale = 1"
-        )
     _require_measurable(test_pairs, convention_of(recipe))
     crops = calibration_crops(train_pairs, recipe)
     return Materials(

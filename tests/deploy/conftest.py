@@ -1,0 +1,45 @@
+import platform
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from exported import CASES, Deployed, deploy
+
+
+@pytest.fixture(autouse=True, scope="module")
+def one_thread() -> Iterator[None]:
+    """Leave other work on the machine in peace, fixtures of a whole module included."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture(autouse=True)
+def seed() -> None:
+    torch.manual_seed(0)
+
+
+@pytest.fixture(params=CASES, ids=lambda case: f"{case[0]} W{case[1]}A{case[1]}")
+def deployed(request) -> Deployed:
+    return deploy(*request.param)
+
+
+@pytest.fixture
+def dncnn() -> Deployed:
+    return deploy("dncnn", 8)
+
+
+@pytest.fixture
+def edsr() -> Deployed:
+    return deploy("edsr", 8)
+
+
+@pytest.fixture(scope="session")
+def exact_kernels() -> None:
+    """On x86 without VNNI, ONNX Runtime's 8-bit products saturate in int16 (its documentation)."""
+    cpuinfo = Path("/proc/cpuinfo")
+    flags = cpuinfo.read_text() if cpuinfo.exists() else ""
+    if platform.machine() in ("x86_64", "AMD64") and "vnni" not in flags:
+        pytest.skip("this processor has no VNNI: ONNX Runtime's integer products saturate")

@@ -1,0 +1,173 @@
+"""The file: what is in it, how large it is, and that it shows the integer network's pixels."""
+
+import json
+import sys
+from collections import Counter
+from dataclasses import asdict
+
+import numpy as np
+import onnx
+import pytest
+import torch
+from exported import deploy, images
+from onnx import TensorProto
+
+from sparkir.deploy.onnx import require_onnx, to_onnx, write_model
+from sparkir.deploy.qdq import grid_calls
+from sparkir.deploy.runtime import open_session, run_session
+from sparkir.errors import SparkirError
+from sparkir.quant.prepare import placement_of
+from sparkir.quant.reference import stored_bytes
+
+LARGEST_OVERHEAD_PER_NODE = 200
+"""Bytes of names and settings for each operation in the file."""
+
+
+def stored(model: onnx.ModelProto, kind: int) -> dict[str, np.ndarray]:
+    return {
+        tensor.name: onnx.numpy_helper.to_array(tensor)
+        for tensor in model.graph.initializer
+        if tensor.data_type == kind
+    }
+
+
+@pytest.mark.usefixtures("exact_kernels")
+@pytest.mark.parametrize("shape", [(1, 15, 15), (2, 16, 23), (3, 33, 18)])
+def test_any_batch_height_and_width_gives_the_integer_networks_pixels(deployed, shape):
+    x = images(deployed.facts, *shape)
+    (restored,) = run_session(deployed.session, x.numpy())
+    with torch.no_grad():
+        expected = deployed.frozen(x)
+    assert expected.unique().numel() > 5
+    scale = deployed.facts.scale
+    assert restored.shape == (shape[0], x.shape[1], scale * shape[1], scale * shape[2])
+    levels = (torch.from_numpy(restored) - expected).abs() / deployed.facts.value_range * 255
+    assert levels.max() < 0.01
+
+
+def test_one_pair_per_grid_named_after_it(deployed):
+    operations = Counter(node.op_type for node in deployed.model.graph.node)
+    calls = [call.name for call in grid_calls(deployed.frozen)]
+    names = [n.name for n in deployed.model.graph.node if n.op_type == "QuantizeLinear"]
+    assert names == calls
+    assert deployed.parity.grids == len(calls) == operations["QuantizeLinear"]
+    tensors = len(stored(deployed.model, TensorProto.INT8)) + len(
+        stored(deployed.model, TensorProto.INT32)
+    )
+    zeros = sum(not array.any() for array in stored(deployed.model, TensorProto.INT8).values())
+    assert operations["DequantizeLinear"] == len(calls) + tensors - zeros
+    bytes_of = {n.output[0] for n in deployed.model.graph.node if n.op_type == "QuantizeLinear"}
+    clips = [n for n in deployed.model.graph.node if n.op_type == "Clip"]
+    narrow = [call for call in calls if levels_of(deployed.frozen, call) < 256]
+    assert sum(n.input[0] in bytes_of for n in clips) == len(narrow)
+
+
+def levels_of(frozen, call_name: str) -> int:
+    (call,) = [call for call in grid_calls(frozen) if call.name == call_name]
+    return frozen.get_submodule(str(call.target)).levels
+
+
+def test_weights_are_int8_and_biases_int32(deployed):
+    """The very integers of the network; no layer's weights are there in another form."""
+    int8, int32 = (stored(deployed.model, kind) for kind in (TensorProto.INT8, TensorProto.INT32))
+    for name in placement_of(deployed.frozen).layers:
+        layer = deployed.frozen.get_submodule(name)
+        (weight,) = [a for n, a in int8.items() if n.startswith(f"{name}.") and a.ndim > 1]
+        np.testing.assert_array_equal(weight, layer.weight.numpy())
+        biases = [array for key, array in int32.items() if key.startswith(f"{name}.")]
+        assert len(biases) == (layer.bias is not None)
+        if biases:
+            np.testing.assert_array_equal(biases[0], layer.bias.numpy())
+    uint8 = stored(deployed.model, TensorProto.UINT8)
+    assert all(array.ndim == 0 for array in uint8.values())  # zero points
+
+
+def test_the_file_is_about_as_large_as_the_integers(deployed):
+    in_float = sum(array.nbytes for array in stored(deployed.model, TensorProto.FLOAT).values())
+    integers = stored_bytes(deployed.frozen)
+    nodes = len(deployed.model.graph.node)
+    overhead = len(deployed.content) - integers
+    assert 0 < overhead < LARGEST_OVERHEAD_PER_NODE * nodes + in_float
+    assert not deployed.model.graph.value_info
+
+
+def test_the_file_names_no_source_files(deployed):
+    for trace in (b"site-packages", b".py", b"sparkir/", b"Traceback", b"/home", b"torch.nn"):
+        assert trace not in deployed.content
+
+
+def test_the_file_says_what_it_is(deployed):
+    words = {p.key: p.value for p in deployed.model.metadata_props}
+    facts = json.loads(words["facts"])
+    assert facts | {"taps": tuple(facts["taps"])} == asdict(deployed.facts)
+    assert words["quantization"] == placement_of(deployed.frozen).spec.label
+    (lq,), (restored,) = deployed.model.graph.input, deployed.model.graph.output
+    assert (lq.name, restored.name) == ("lq", "restored")
+    for end in (lq, restored):
+        assert end.type.tensor_type.elem_type == TensorProto.FLOAT
+        batch, channels, height, width = end.type.tensor_type.shape.dim
+        assert channels.dim_value == deployed.facts.channels
+        assert not any(d.HasField("dim_value") for d in (batch, height, width))
+
+
+@pytest.mark.usefixtures("exact_kernels")
+def test_every_layer_runs_on_integers_but_those_left_in_float(deployed):
+    fusion, placement = deployed.parity.fusion, placement_of(deployed.frozen)
+    expected = {"srcnn": 1, "everything": 2}  # the bicubic step; reflecting and transposed
+    assert len(fusion.float_layers) == expected.get(deployed.facts.name, 0)
+    integer = fusion.integer["QLinearConv"] + fusion.integer["QGemm"]
+    assert integer == len(placement.layers)
+    left = set(placement.left_in_float)
+    if deployed.facts.name == "srcnn":
+        assert left == {"pad", "conv2d"}
+    elif deployed.facts.name == "everything":
+        assert left >= {"reflecting", "transposed"}
+    else:
+        assert not left & {name for name, m in deployed.frozen.named_modules() if name}
+
+
+def test_additions_tables_and_concatenations_run_on_integers():
+    fusion = deploy("rfdn", 8).parity.fusion
+    expected = {"QLinearAdd", "QLinearMul", "QLinearConcat", "QLinearLeakyRelu", "QLinearSigmoid"}
+    assert expected <= fusion.integer.keys()
+    assert not {"Add", "Mul", "LeakyRelu", "Sigmoid", "Relu"} & fusion.other.keys()
+
+
+def test_exporting_again_is_silent_and_gives_the_same_file(dncnn, capfd):
+    before = {name: buffer.clone() for name, buffer in dncnn.frozen.named_buffers()}
+    again = to_onnx(dncnn.frozen, {"note": "second"})
+    assert capfd.readouterr() == ("", "")
+    (note,) = [p for p in again.metadata_props if p.key == "note"]
+    assert note.value == "second"
+    again.metadata_props.remove(note)
+    assert again.SerializeToString(deterministic=True) == dncnn.model.SerializeToString(
+        deterministic=True
+    )
+    after = dict(dncnn.frozen.named_buffers())
+    assert after.keys() == before.keys()
+    assert all(torch.equal(after[name], buffer) for name, buffer in before.items())
+
+
+@pytest.mark.parametrize("package", ["onnx", "onnxruntime", "onnxscript"])
+def test_a_missing_package_is_named_with_its_remedy(package, monkeypatch, dncnn):
+    monkeypatch.setitem(sys.modules, package, None)
+    for use in (
+        require_onnx,
+        lambda: to_onnx(dncnn.frozen),
+        lambda: open_session(dncnn.content),
+    ):
+        with pytest.raises(SparkirError, match=rf'{package}.*pip install "sparkir\[onnx\]"'):
+            use()
+
+
+def test_a_written_file_is_the_model(tmp_path, dncnn):
+    path = tmp_path / "new" / "model.onnx"
+    write_model(dncnn.model, path)
+    assert onnx.load(path) == dncnn.model
+    assert [p.name for p in path.parent.iterdir()] == ["model.onnx"]
+
+
+def test_a_folder_that_cannot_be_written_is_named(tmp_path, dncnn):
+    (tmp_path / "taken").write_text("a file")
+    with pytest.raises(SparkirError, match=r"cannot write the model .*taken"):
+        write_model(dncnn.model, tmp_path / "taken" / "model.onnx")

@@ -1,0 +1,394 @@
+"""Small networks, each with a construction that quantization has to get right."""
+
+from collections.abc import Callable
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, fx, nn
+
+from sparkir.models.facts import ModelFacts
+from sparkir.models.registry import build
+from sparkir.quant.calibrate import activation_quantizers, calibrate
+from sparkir.quant.prepare import prepare
+from sparkir.quant.ranges import RangeObserver
+from sparkir.quant.spec import QuantSpec
+
+WIDTH = 8
+
+
+def convolution(inputs: int, outputs: int, kernel: int = 3, **options) -> nn.Conv2d:
+    return nn.Conv2d(inputs, outputs, kernel, padding=kernel // 2, **options)
+
+
+class Toy(nn.Module):
+    """head -> a body of the subclass -> tail, values in [0, 1] and outputs around grey."""
+
+    def __init__(self, tail_inputs: int = WIDTH) -> None:
+        super().__init__()
+        self.facts = ModelFacts(
+            name="toy", scale=1, channels=3, value_range=1.0, taps=("head",), halo_px=8
+        )
+        self.head = convolution(3, WIDTH)
+        self.middle = convolution(WIDTH, WIDTH)
+        self.relu = nn.ReLU()
+        self.tail = convolution(tail_inputs, 3)
+        with torch.no_grad():
+            self.head.weight.mul_(2)
+            self.tail.bias.fill_(0.5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.tail(self.body(self.head(x)))
+
+    def body(self, x: Tensor) -> Tensor:
+        raise NotImplementedError
+
+
+class Plain(Toy):
+    def body(self, x):
+        return self.relu(self.middle(self.relu(x)))
+
+
+class ResidualThenReLU(Toy):
+    def body(self, x):
+        return self.relu(self.middle(x) + x)
+
+
+class MixedConcatenation(Toy):
+    """Parts of every kind, one of them also read by a convolution and one by an addition."""
+
+    def __init__(self):
+        super().__init__(tail_inputs=4 * WIDTH)
+
+    def body(self, x):
+        rectified = self.relu(x)
+        branch = self.middle(rectified)
+        parts = [rectified, F.leaky_relu(branch, 0.1), torch.sigmoid(x), branch + x]
+        return torch.cat(parts, dim=1)
+
+
+class ReLUIntoConcatenation(Toy):
+    """A grid shared with negative values cannot do the ReLU's work."""
+
+    def __init__(self):
+        super().__init__(tail_inputs=2 * WIDTH)
+
+    def body(self, x):
+        return torch.cat([x, self.relu(self.middle(x))], 1)
+
+
+class ConcatenationWithConstant(Toy):
+    def __init__(self):
+        super().__init__(tail_inputs=2 * WIDTH)
+        self.register_buffer("learned", torch.rand(1, WIDTH, 1, 1))
+
+    def body(self, x):
+        x = F.adaptive_avg_pool2d(self.relu(x), 1).mean(0, keepdim=True)
+        return torch.cat((x, self.learned), 1)
+
+
+class ConcatenationOfPieces(Toy):
+    """chunk gives a tuple, which goes into a concatenation as it is."""
+
+    def body(self, x):
+        return torch.cat(self.relu(x).chunk(2, dim=1), axis=1)
+
+
+class Shuffles(Toy):
+    def __init__(self):
+        super().__init__()
+        self.inner = convolution(4 * WIDTH, 4 * WIDTH)
+
+    def body(self, x):
+        x = F.max_pool2d(self.relu(x), 3, stride=1, padding=1)
+        x = self.relu(self.inner(F.pixel_unshuffle(x, 2)))
+        return self.middle(F.pixel_shuffle(x, 2))
+
+
+class Gate(Toy):
+    """Channel attention, once with a linear layer and once with a 1x1 convolution."""
+
+    def __init__(self):
+        super().__init__()
+        self.linear = nn.Linear(WIDTH, WIDTH)
+        self.pointwise = nn.Conv2d(WIDTH, WIDTH, 1)
+
+    def body(self, x):
+        x = self.relu(x)
+        x = x * torch.sigmoid(self.linear(x.mean((2, 3))))[:, :, None, None]
+        return self.middle(x * self.pointwise(F.adaptive_avg_pool2d(x, 1)).sigmoid())
+
+
+class LinearOverPixels(Toy):
+    """A linear layer over more than two dimensions."""
+
+    def __init__(self):
+        super().__init__()
+        self.linear = nn.Linear(WIDTH, WIDTH)
+
+    def body(self, x):
+        return self.linear(self.relu(x).permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
+
+
+class Geometries(Toy):
+    """Strided, depthwise, dilated, without bias, reflecting, transposed; and an enlargement."""
+
+    def __init__(self):
+        super().__init__()
+        self.strided = nn.Conv2d(WIDTH, WIDTH, 3, stride=2, padding=1, bias=False)
+        self.depthwise = convolution(WIDTH, WIDTH, groups=WIDTH)
+        self.dilated = nn.Conv2d(WIDTH, WIDTH, (3, 1), padding=(2, 0), dilation=(2, 1))
+        self.reflecting = convolution(WIDTH, WIDTH, padding_mode="reflect")
+        self.transposed = nn.ConvTranspose2d(WIDTH, WIDTH, 2, stride=2)
+
+    def body(self, x):
+        small = self.depthwise(self.relu(self.strided(x)))
+        large = F.interpolate(small, size=(x.size(2), x.size(3)), mode="bilinear")
+        return self.dilated(large + self.transposed(small)) + self.reflecting(x)
+
+
+class Constants(Toy):
+    """Arithmetic with numbers, parameters and sizes."""
+
+    def __init__(self):
+        super().__init__()
+        self.gamma = nn.Parameter(torch.rand(1, WIDTH, 1, 1))
+
+    def body(self, x):
+        x = (x * 0.1 + self.gamma * x) * x.size(2) / x.shape[-2]
+        return self.middle(x) + torch.ones(1, dtype=x.dtype, device=x.device)
+
+
+class OneTensorTwice(Toy):
+    def body(self, x):
+        return self.middle(x + x)
+
+
+class SharedActivation(Toy):
+    def body(self, x):
+        x = self.relu(x)
+        return self.relu(self.relu(self.middle(x)) + x)
+
+
+class InPlace(Toy):
+    """Operations that change a tensor, with and without use of what they return."""
+
+    def __init__(self):
+        super().__init__()
+        self.relu = nn.ReLU(inplace=True)
+        self.leaky = nn.LeakyReLU(0.1, inplace=True)
+
+    def body(self, x):
+        self.leaky(x)
+        y = self.relu(self.middle(x))
+        y += x
+        z = y.sigmoid()
+        z.add_(x)
+        F.relu(z, inplace=True)
+        torch.relu_(y)
+        return z.mul_(y)
+
+
+class InPlaceConcatenation(Toy):
+    """A ReLU that no grid absorbs, working in place."""
+
+    def __init__(self):
+        super().__init__(tail_inputs=2 * WIDTH)
+        self.relu = nn.ReLU(inplace=True)
+
+    def body(self, x):
+        return torch.cat([self.relu(self.middle(x)), x], dim=1)
+
+
+class UnusedBranch(Toy):
+    def body(self, x):
+        x.sigmoid()
+        self.middle(x)
+        return self.relu(x)
+
+
+class Halves(Toy):
+    """The gate of NAFNet: half of the channels times the other half, and a split."""
+
+    def __init__(self):
+        super().__init__(tail_inputs=WIDTH // 4)
+
+    def body(self, x):
+        a, b = self.middle(x).chunk(2, dim=1)
+        return torch.split(a * b, WIDTH // 4, dim=1)[1]
+
+
+class KeywordCalls(Toy):
+    def __init__(self):
+        super().__init__(tail_inputs=2 * WIDTH)
+
+    def body(self, x):
+        x = F.leaky_relu(input=x, negative_slope=0.2)
+        return torch.cat(tensors=[self.middle(input=x), x], dim=1)
+
+
+class EdgesInFour(Toy):
+    """The image is read at 4 bits and added at 8; the output is added to it."""
+
+    def forward(self, x):
+        return self.tail(self.relu(self.head(x))) + x
+
+
+class DeadChannels(Toy):
+    """Channels of zeros or next to zeros with a bias, as pruning and weight decay leave them."""
+
+    def __init__(self):
+        super().__init__()
+        with torch.no_grad():
+            self.head.weight[1] = 0
+            self.middle.weight[2] *= 1e-9
+            self.head.bias[1] = self.middle.bias[2] = 0.7
+
+    def body(self, x):
+        return self.relu(self.middle(self.relu(x)))
+
+
+class ZeroTail(Toy):
+    """A residual network as it is initialised: the last layer gives nothing yet."""
+
+    def __init__(self):
+        super().__init__()
+        nn.init.zeros_(self.tail.weight)
+        nn.init.zeros_(self.tail.bias)
+
+    def forward(self, x):
+        return self.tail(self.relu(self.head(x))) + x
+
+
+def shipped(name: str, **options) -> Callable[[], nn.Module]:
+    """A registered network whose output lies around grey, as a trained one's does."""
+
+    def make() -> nn.Module:
+        network = build(name, **options)
+        grey = network.facts.value_range / 2
+        with torch.no_grad():
+            if name == "srcnn":
+                network.conv3.bias.fill_(grey)
+            elif name == "rfdn":
+                network.upsampler[0].bias.fill_(grey)
+        return network
+
+    return make
+
+
+@dataclass(frozen=True)
+class Case:
+    network: Callable[[], nn.Module]
+    edges: set[str] = field(default_factory=lambda: {"head", "tail"})
+    """First and last layers."""
+    left_in_float: dict[str, str] = field(default_factory=dict)
+    """Operation -> a word of the reason."""
+    not_layers: set[str] = field(default_factory=set)
+    """Convolutions that stay in float or are not used."""
+
+
+_NO_KERNEL = "no integer kernel"
+_CONSTANT = "constant"
+_UPSCALING = {"pad": "zero padding", "conv2d": "constants"}
+_PIECES = dict.fromkeys(("chunk", "getitem", "getitem_1", "getitem_2", "split"), _NO_KERNEL)
+
+CASES: dict[str, Case] = {
+    "plain": Case(Plain),
+    "residual": Case(ResidualThenReLU),
+    "concatenation": Case(MixedConcatenation),
+    "relu into concatenation": Case(ReLUIntoConcatenation),
+    "concatenation with constant": Case(
+        ConcatenationWithConstant,
+        left_in_float={"adaptive_avg_pool2d": _NO_KERNEL, "mean": _NO_KERNEL, "cat": _CONSTANT},
+        not_layers={"middle"},
+    ),
+    "concatenation of pieces": Case(
+        ConcatenationOfPieces,
+        left_in_float={"chunk": _NO_KERNEL, "cat": _CONSTANT},
+        not_layers={"middle"},
+    ),
+    "shuffles": Case(Shuffles),
+    "gate": Case(
+        Gate,
+        left_in_float=dict.fromkeys(("mean", "getitem", "adaptive_avg_pool2d"), _NO_KERNEL),
+    ),
+    "linear": Case(
+        LinearOverPixels,
+        left_in_float=dict.fromkeys(("permute", "permute_1"), _NO_KERNEL),
+        not_layers={"middle"},
+    ),
+    "geometries": Case(
+        Geometries,
+        left_in_float={
+            "interpolate": "between grid points",
+            "transposed": _NO_KERNEL,
+            "reflecting": "padding_mode='reflect'",
+        },
+        not_layers={"reflecting", "middle"},
+    ),
+    "constants": Case(
+        Constants,
+        left_in_float={
+            "mul": _CONSTANT,
+            "mul_1": _CONSTANT,
+            "mul_2": _CONSTANT,
+            "truediv": _NO_KERNEL,
+            "ones": _NO_KERNEL,
+        },
+    ),
+    "one tensor twice": Case(OneTensorTwice, left_in_float={"add": "one tensor"}),
+    "shared activation": Case(SharedActivation),
+    "in place": Case(InPlace),
+    "in place concatenation": Case(InPlaceConcatenation),
+    "unused branch": Case(UnusedBranch, not_layers={"middle"}),
+    "halves": Case(Halves, left_in_float=_PIECES),
+    "keyword calls": Case(KeywordCalls),
+    "edges in four": Case(EdgesInFour, not_layers={"middle"}),
+    "dead channels": Case(DeadChannels),
+    "zero tail": Case(ZeroTail, not_layers={"middle"}),
+    "srcnn": Case(shipped("srcnn", scale=2), {"conv1", "conv3"}, _UPSCALING),
+    "dncnn": Case(
+        shipped("dncnn", depth=4, width=8), {"model.0", "model.6"}, {"sub": "subtraction"}
+    ),
+    "edsr": Case(
+        shipped("edsr", width=8, blocks=1, scale=2),
+        {"head.0", "tail.1"},
+        {"sub": "subtraction", "add_2": _CONSTANT},
+    ),
+    "rfdn": Case(
+        shipped("rfdn", width=8, blocks=1, scale=2),
+        {"fea_conv", "upsampler.0"},
+        {"interpolate": "between grid points"},
+    ),
+}
+
+
+def images(network: nn.Module, count: int = 2, height: int = 24, width: int = 20) -> Tensor:
+    """Smooth noise (count, C, height, width) of 256 grey levels, in the network's value range."""
+    facts = network.facts
+    noise = torch.rand(count, facts.channels, height, width)
+    smooth = F.avg_pool2d(F.pad(noise, (1, 1, 1, 1), mode="replicate"), 3, stride=1)
+    return (smooth * 255).round() / 255 * facts.value_range
+
+
+def quantized(network: nn.Module, spec: QuantSpec, batch: Tensor) -> fx.GraphModule:
+    """Prepared, calibrated on `batch`, in evaluation mode."""
+    student = prepare(network, spec)
+    calibrate(student, [batch])
+    return student.eval()
+
+
+@contextmanager
+def observing(student: nn.Module):
+    """Let the network run in floating point, as in calibration."""
+    quantizers = activation_quantizers(student).values()
+    for quantizer in quantizers:
+        quantizer.observer = RangeObserver()
+    yield
+    for quantizer in quantizers:
+        quantizer.observer = None
+
+
+def psnr_db(a: Tensor, b: Tensor, value_range: float) -> float:
+    return float(10 * torch.log10(value_range**2 / (a - b).square().mean()))

@@ -1,0 +1,280 @@
+"""The smaller commands' parts: what a name opens, how it is measured, which files are made."""
+
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from helpers import IN_FLOAT, load_image, photo, save_image, write_recipe
+from sparkir import assemble, recipe
+from sparkir.assemble import convention, silent, weighting_of
+from sparkir.deploy.runtime import RuntimeNetwork
+from sparkir.errors import SparkirError
+from sparkir.evaluate.benchmark import evaluate, mean
+from sparkir.models.checkpoint import save_weights
+from sparkir.models.facts import ModelFacts, facts_of
+from sparkir.models.registry import build
+from sparkir.recipe import WeightingChoice
+from sparkir.spark.weighting import Confidence, SparkPaper, weightings
+from sparkir.tools import Opened, evaluation_setup, open_model, restore_files
+
+pytest_plugins = ["helpers"]
+
+OPTIONS = {"width": 8, "blocks": 1, "scale": 2}
+
+
+@pytest.fixture
+def edsr(project: Path) -> Opened:
+    return open_model("edsr", project / "teacher.safetensors", OPTIONS)
+
+
+# What a name opens ----------------------------------------------------------------------------
+
+
+def test_a_networks_name(project, edsr):
+    assert edsr.label == f"edsr with {project / 'teacher.safetensors'}"
+    assert edsr.recipe is None
+    assert not edsr.network.training
+
+
+def test_a_networks_name_beats_a_folder_of_that_name(project):
+    (project / "edsr").mkdir()
+    assert open_model("edsr", project / "teacher.safetensors", OPTIONS).recipe is None
+    with pytest.raises(SparkirError, match="edsr is no run folder"):
+        open_model("./edsr/")
+
+
+def test_a_run_folder_opens_what_was_exported_and_knows_its_recipe(finished):
+    opened = open_model(str(finished.folder))
+    assert isinstance(opened.network, RuntimeNetwork)
+    assert opened.recipe == recipe.load(finished.folder / "recipe.toml")
+
+
+def test_a_run_folder_with_a_dot_in_its_name(finished, project):
+    shutil.copytree(finished.folder, project / "run.v2")
+    assert isinstance(open_model("run.v2").network, RuntimeNetwork)
+
+
+def test_a_run_without_an_export_opens_the_integer_network(finished, project):
+    shutil.copytree(finished.folder, project / "run")
+    (project / "run/student.onnx").unlink()
+    opened = open_model("run")
+    assert not isinstance(opened.network, RuntimeNetwork)
+    image = torch.rand(1, 3, 20, 24) * 255
+    assert torch.equal(opened.network(image), finished.frozen(image))
+    assert opened.recipe == recipe.load(finished.folder / "recipe.toml")
+
+
+def test_an_external_network(project, monkeypatch):
+    (project / "mine.py").write_text(
+        "from sparkir.models.registry import build\n"
+        "def make():\n    return build('edsr', width=8, blocks=1, scale=2)\n"
+    )
+    monkeypatch.syspath_prepend(project)
+    opened = open_model("mine:make", project / "teacher.safetensors")
+    assert facts_of(opened.network).scale == 2
+
+
+# How it is measured ---------------------------------------------------------------------------
+
+
+def opened_with(scale: int, made: recipe.Recipe | None = None) -> Opened:
+    network = nn.Upsample(scale_factor=scale) if scale > 1 else nn.Identity()
+    network.facts = ModelFacts(  # type: ignore[assignment]
+        name="x", scale=scale, channels=3, value_range=1.0, taps=(), halo_px=0
+    )
+    return Opened(network=network, label="x", recipe=made)
+
+
+@pytest.mark.parametrize(
+    ("scale", "metric", "label"),
+    [
+        (2, None, "PSNR-Y studio range, uint8, crop 2 px"),
+        (2, "rgb", "PSNR-RGB, uint8, no crop"),
+        (4, None, "PSNR-Y studio range, uint8, crop 4 px"),
+        (1, None, "PSNR-RGB, uint8, no crop"),
+        (1, "y", "PSNR-Y studio range, uint8, no crop"),  # deraining: no border is left out
+    ],
+)
+def test_the_convention_without_a_recipe(project, scale, metric, label):
+    if scale == 1:
+        for name in ("input", "target"):
+            save_image(project / "test" / name / "e.png", photo(20, 20, 1))
+    pairs, found = evaluation_setup(opened_with(scale), "test", metric, silent)
+    assert found.label == label
+    assert pairs.scale == scale
+
+
+def test_the_recipes_data_and_metric_are_used(project):
+    changes = {"data.degradation": "jpeg", "data.quality": 10, "data.scale": 1, "metric": "rgb"}
+    write_recipe(project / "jpeg.toml", changes, without=IN_FLOAT)
+    opened = opened_with(1, recipe.load("jpeg.toml"))
+    pairs, found = evaluation_setup(opened, "test", None, silent)
+    assert found.label == "PSNR-RGB, uint8, no crop"
+    lq, gt = pairs.pair(0)
+    assert 0 < np.abs(lq.astype(int) - gt).mean() < 30
+    scores = evaluate(opened.network, pairs, found)
+    assert 15 < mean(scores).psnr_db < 40  # a pair of equal images would be infinite
+
+
+def test_a_folder_of_pairs_is_taken_as_pairs_whatever_the_recipe(project):
+    clean = photo(40, 48, 3)
+    save_image(project / "pairs/target/e.png", clean)
+    save_image(project / "pairs/input/e.png", clean[::2, ::2])
+    for made in (None, recipe.load("tiny.toml")):
+        pairs, _ = evaluation_setup(opened_with(2, made), "pairs", None, silent)
+        assert np.array_equal(pairs.pair(0)[0], clean[::2, ::2])
+
+
+@pytest.mark.parametrize(
+    ("space", "scale", "crop_px"), [("y", 1, 0), ("y", 3, 3), ("rgb", 3, 0), ("rgb", 1, 0)]
+)
+def test_convention(space, scale, crop_px):
+    made = convention(space, scale)
+    assert (made.space, made.crop_px) == (space, crop_px)
+
+
+# Which files are made -------------------------------------------------------------------------
+
+
+def test_a_folder_is_restored_image_by_image(project, edsr):
+    events = []
+    made, failed = restore_files(edsr, project / "test", project / "out", events.append)
+    assert made == [project / "out/c.png", project / "out/d.png"]
+    assert failed == []
+    assert [(e["done"], e["total"], e["name"]) for e in events] == [
+        (1, 2, "c.png"),
+        (2, 2, "d.png"),
+    ]
+    assert load_image(made[0]).shape == (128, 160, 3)
+
+
+@pytest.mark.parametrize(
+    ("target", "made"), [("x.png", "x.png"), ("x.PNG", "x.PNG"), ("x", "x/c.png"), (".", "c.png")]
+)
+def test_where_one_image_goes(project, edsr, target, made):
+    files, _ = restore_files(edsr, project / "test/c.png", project / target, silent)
+    assert files == [project / made]
+    assert load_image(project / made).shape == (128, 160, 3)
+
+
+def test_an_image_that_the_network_cannot_take_is_left_out(project):
+    class NeedsLarge(nn.Module):
+        facts = ModelFacts(
+            name="large",
+            scale=1,
+            channels=3,
+            value_range=1.0,
+            taps=(),
+            halo_px=0,
+            min_size_px=66,
+        )
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return x
+
+    opened = Opened(network=NeedsLarge(), label="large")
+    made, failed = restore_files(opened, project / "test", project / "out", silent)
+    assert [path.name for path in made] == ["d.png"]
+    (message,) = failed
+    assert message.startswith("c.png: large needs images of at least 66 x 66 px")
+
+
+def test_the_images_that_are_read_are_never_replaced(project, edsr):
+    before = (project / "test/c.png").read_bytes()
+    (project / "link").symlink_to(project / "test")
+    for target in (project / "test", project / "link"):
+        with pytest.raises(SparkirError, match="would replace the image it is made from"):
+            restore_files(edsr, project / "test", target, silent)
+    with pytest.raises(SparkirError, match="would replace the image it is made from"):
+        restore_files(edsr, project / "test/c.png", project / "test/c.png", silent)
+    assert (project / "test/c.png").read_bytes() == before
+
+
+# From words to objects ------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", weightings())
+def test_every_weighting_names_its_options(name):
+    with pytest.raises(SparkirError) as caught:
+        weighting_of(WeightingChoice(name=name, options={"nonsense": 1}))
+    text = str(caught.value)
+    assert f"weighting {name!r} has no option 'nonsense'" in text
+    known = text.partition("may hold: ")[2].split(", ")
+    assert (known == ["nothing"]) == (name == "confidence")
+    for option in known if name != "confidence" else ():
+        value = 4 if option in ("grid", "reward_every") else 0.5
+        weighting_of(WeightingChoice(name=name, options={option: value}))
+
+
+def test_weighting_options_arrive():
+    made = weighting_of(WeightingChoice(name="spark-paper", options={"grid": 4, "alpha": 0.5}))
+    assert isinstance(made, SparkPaper)
+    assert (made.grid, made.alpha) == (4, 0.5)
+    assert isinstance(weighting_of(WeightingChoice(name="confidence")), Confidence)
+
+
+@pytest.mark.parametrize("space", ["train", "test"])
+def test_where_the_cache_is(space, monkeypatch, tmp_path):
+    monkeypatch.setenv("SPARKIR_CACHE", str(tmp_path / space))
+    assert assemble.cache_folder() == tmp_path / space
+    monkeypatch.delenv("SPARKIR_CACHE")
+    assert assemble.cache_folder() == Path.home() / ".cache" / "sparkir"
+
+
+def test_one_seed_one_student(project):
+    made = recipe.load("tiny.toml", ["student.weights="])
+    one, two = (assemble.build_student(made, None) for _ in range(2))
+    other = assemble.build_student(made.model_copy(update={"seed": 1}), None)
+    assert torch.equal(one.head[0].weight, two.head[0].weight)
+    assert not torch.equal(one.head[0].weight, other.head[0].weight)
+
+
+def test_a_student_starts_as_its_teacher(project):
+    materials = assemble.gather(recipe.load("tiny.toml"))
+    assert materials.teacher is not None
+    own, teachers = materials.student.state_dict(), materials.teacher.state_dict()
+    assert all(torch.equal(own[name], teachers[name]) for name in teachers)
+    assert own["head.0.weight"].data_ptr() != teachers["head.0.weight"].data_ptr()
+
+
+def test_calibration_crops_are_not_the_training_crops(project):
+    """They have the recipe's size and number, and a seed of their own."""
+    made = recipe.load("tiny.toml", ["train.calibration_images=20"])
+    crops = assemble.gather(made).crops
+    assert [tuple(crop.shape) for crop in crops] == [(8, 3, 16, 16)] * 3
+    assert all(0 <= float(crop.min()) < float(crop.max()) <= 1 for crop in crops)
+    assert not torch.equal(crops[0], crops[1])
+
+
+def test_a_grey_network_cannot_be_trained_on_colour(project):
+    changes = {
+        "data.scale": 1,
+        "data.degradation": "noise",
+        "student.model": "dncnn",
+        "student.options": {"depth": 3, "width": 8},
+    }
+    write_recipe(project / "grey.toml", changes, without=IN_FLOAT)
+    with pytest.raises(SparkirError, match=r"1-channel images, but training is on RGB; .*channels"):
+        assemble.gather(recipe.load("grey.toml"))
+
+
+def test_a_saved_student_comes_back_in_the_same_state(project):
+    made = recipe.load("tiny.toml")
+    materials = assemble.gather(made)
+    assert made.quant is not None
+    prepared = assemble.quantize_student(materials.student, made.quant, materials.crops)
+    assemble.save_student(made, prepared, project / "s.safetensors")
+    loaded, again = assemble.load_student(project / "s.safetensors")
+    assert again == made
+    image = torch.rand(1, 3, 16, 16) * 255
+    assert torch.equal(loaded(image), prepared.eval()(image))
+
+
+def test_weights_of_a_network_are_no_student(project):
+    save_weights(build("edsr", **OPTIONS), project / "w.safetensors", {"made by": "another"})
+    with pytest.raises(SparkirError, match="holds weights, but not how to build their network"):
+        assemble.load_student(project / "w.safetensors")
