@@ -171,6 +171,14 @@ def test_what_a_grid_may_differ(is_layer, differing, total, largest, passes):
     assert layer.passes == passes
 
 
+@pytest.mark.parametrize(("differing", "passes"), [(100, True), (101, False)])
+def test_what_a_grid_may_differ_behind_a_float_operation(differing, passes):
+    layer = LayerParity(
+        name="grid", is_layer=False, differing=differing, total=10**6, largest=1, is_float=True
+    )
+    assert layer.passes == passes
+
+
 @pytest.mark.parametrize("bad_first", [True, False])
 def test_a_fault_in_one_image_is_not_covered_by_another(dncnn, monkeypatch, bad_first):
     """One value off by seven levels weighs more than five that fell the other way."""

@@ -174,6 +174,12 @@ def test_a_relu_is_absorbed_by_the_grid_behind_it():
     assert not student.quantizers.head.non_negative
 
 
+def test_a_relu_beside_another_reader_is_not_absorbed():
+    network = CASES["relu beside another"].network()
+    assert grid_bits(network) == {"x": 8, "head": 4, "middle": 8, "sigmoid": 8, "add": 8, "tail": 8}
+    assert not prepare(network, W4A4).quantizers.middle.non_negative
+
+
 def test_a_tap_between_a_layer_and_its_relu_changes_no_grid():
     tapped, plain = CASES["plain"].network(), CASES["plain"].network()
     plain.facts = dataclasses.replace(plain.facts, taps=())

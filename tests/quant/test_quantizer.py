@@ -191,19 +191,17 @@ def test_nothing_is_learned_without_learning():
 
 def test_evaluation_rounds_additions_as_the_runtime_and_training_in_float32():
     """All pairs of bytes, on steps that put many sums halfway between two levels."""
-    bytes_of = torch.arange(256.0)
-    zero = torch.tensor(0.0)
+    stored, zeros = torch.arange(256.0), torch.tensor([3.0, 77.0])
     value = Sum(
-        Quantized(bytes_of[:, None], torch.tensor(0.0123), zero),
-        Quantized(bytes_of[None, :], torch.tensor(0.0369), zero),
+        Quantized(stored[:, None] - zeros[0], torch.tensor(0.0123), zeros[0]),
+        Quantized(stored[None, :] - zeros[1], torch.tensor(0.0369), zeros[1]),
     )
     quantizer = ActivationQuantizer(bits=8)
     with torch.no_grad():
         quantizer.log_scale.fill_(math.log(0.0738))
-        step = quantizer.scale()
+        options = {"scale": quantizer.scale(), "zero": torch.tensor(0.0), "zero_level": 0}
         exact, in_float32 = (
-            quantize(value, scale=step, zero=zero, zero_level=0, levels=256, exact=exact).ints
-            for exact in (True, False)
+            quantize(value, **options, levels=256, exact=exact).ints for exact in (True, False)
         )
         assert not torch.equal(exact, in_float32)
         assert torch.equal(quantizer.train()(value).ints, in_float32)

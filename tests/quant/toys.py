@@ -198,7 +198,15 @@ class InPlaceConcatenation(Toy):
         self.relu = nn.ReLU(inplace=True)
 
     def body(self, x):
-        return torch.cat([self.relu(self.middle(x)), x], dim=1)
+        return torch.cat([self.relu(self.middle(x)), x], axis=1)
+
+
+class ReLUBesideAnother(Toy):
+    """A layer's result that is rectified, and read as it is too."""
+
+    def body(self, x):
+        branch = self.middle(x)
+        return self.relu(branch) + branch.sigmoid()
 
 
 class UnusedBranch(Toy):
@@ -322,7 +330,7 @@ CASES: dict[str, Case] = {
         Geometries,
         left_in_float={
             "interpolate": "between grid points",
-            "transposed": _NO_KERNEL,
+            "transposed": "ONNX Runtime has no integer kernel",
             "reflecting": "padding_mode='reflect'",
         },
         not_layers={"reflecting", "middle"},
@@ -341,6 +349,7 @@ CASES: dict[str, Case] = {
     "shared activation": Case(SharedActivation),
     "in place": Case(InPlace),
     "in place concatenation": Case(InPlaceConcatenation),
+    "relu beside another": Case(ReLUBesideAnother),
     "unused branch": Case(UnusedBranch, not_layers={"middle"}),
     "halves": Case(Halves, left_in_float=_PIECES),
     "keyword calls": Case(KeywordCalls),
