@@ -17,6 +17,7 @@ import pytest
 import torch
 
 import sparkir.run
+import sparkir.tools
 import sparkir.train.state
 from helpers import (
     IN_FLOAT,
@@ -31,7 +32,8 @@ from helpers import (
 )
 from sparkir import cli, recipe
 from sparkir.data.atomic import atomic_file
-from sparkir.models.checkpoint import read_weights, save_weights
+from sparkir.errors import SparkirError
+from sparkir.models.checkpoint import read_metadata, read_weights, save_weights
 from sparkir.models.registry import available, build
 
 pytest_plugins = ["helpers"]
@@ -633,8 +635,6 @@ def test_a_damaged_student(refused, run_copy):
 
 def test_a_student_of_another_version(refused, project, run_copy):
     path = run_copy / "student.safetensors"
-    from sparkir.models.checkpoint import read_metadata
-
     state = {key: value for key, value in read_weights(path).items() if "tail" not in key}
     save_weights(state, path, read_metadata(path))
     says = ["run/student.safetensors was made by sparkir", "Missing key(s)", "tail.1"]
@@ -704,6 +704,17 @@ def test_a_mistake_in_what_to_export(refused, project, arguments, says):
     refused("export", *arguments, says=says)
 
 
+def test_an_export_that_differs_is_not_written(refused, run_copy, monkeypatch):
+    """The real check, on a file with other weights in one layer."""
+    model = onnx.load(run_copy / "student.onnx")
+    weights = next(i for i in model.graph.initializer if i.data_type == onnx.TensorProto.INT8)
+    changed = onnx.numpy_helper.to_array(weights) // 2
+    weights.CopyFrom(onnx.numpy_helper.from_array(changed, weights.name))
+    monkeypatch.setattr(sparkir.tools, "to_onnx", lambda frozen, metadata: model)
+    says = ["does not match the integer network, so nothing was written", "differs in"]
+    refused("export", "run", "--out", "new.onnx", says=says)
+
+
 def test_an_unfinished_run_cannot_be_evaluated(refused, project):
     (project / "run").mkdir()
     (project / "run" / "recipe.toml").write_bytes((project / "tiny.toml").read_bytes())
@@ -741,6 +752,14 @@ def test_names_are_printed_as_they_are(project):
         f"error: {folder} already holds a run; "
         in call("distill", "tiny.toml", "--out", folder).err
     )
+
+
+def test_a_message_of_several_lines_becomes_one(monkeypatch):
+    def load(*_: object) -> None:
+        raise SparkirError("first:\n\tsecond\n\n  third [/b]  ")
+
+    monkeypatch.setattr(recipe, "load", load)
+    assert call("check", "tiny.toml").err == "error: first: second third [/b]\n"
 
 
 def test_the_default_folder_is_new_for_every_run(project):

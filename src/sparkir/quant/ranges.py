@@ -17,6 +17,7 @@ Method = Literal["mse", "percentile", "minmax"]
 SAMPLES = 65_521
 """A prime: steps between samples then share no factor with a row, or one column would be all."""
 _ENOUGH = 4096
+_SMALLEST_SHARE = 0.01
 _SMALLEST_STEP = 2.0**-8
 PERCENTILE = 0.999
 
@@ -109,7 +110,10 @@ def _least_squares_grid(
     centre, reach = (0.55, 0.55), 0.45
     for thin, steps in ((8, 10), (2, 7)):
         values = sample[:: max(1, min(thin, sample.numel() // _ENOUGH))]
-        shares = [torch.linspace(c - reach, c + reach, steps).tolist() for c in centre]
+        shares = [
+            torch.linspace(c - reach, c + reach, steps).clamp_min(_SMALLEST_SHARE).tolist()
+            for c in centre
+        ]
         if low == 0.0 or fixed is not None:
             shares[0] = [1.0]
         found = best
@@ -123,7 +127,7 @@ def _least_squares_grid(
                 if error < found[0] or found is best:
                     found = (error, step, zero)
                     centre = (low_share, high_share)
-        best, reach = found, 0.09
+        best, reach = found, 0.1
     # A rare extreme that the thinned sample lacks can make clipping look cheap.
     grids = (best[1:], _grid_of_range(low, high, top=top, fixed=fixed))
     return min(grids, key=lambda grid: _squared_error(sample, grid[0], grid[1], top))
