@@ -11,6 +11,7 @@ from torch import nn
 from helpers import IN_FLOAT, load_image, photo, save_image, write_recipe
 from sparkir import assemble, recipe
 from sparkir.assemble import convention, silent, weighting_of
+from sparkir.data.pairs import PatchSampler
 from sparkir.deploy.runtime import RuntimeNetwork
 from sparkir.errors import SparkirError
 from sparkir.evaluate.benchmark import evaluate, mean
@@ -244,10 +245,13 @@ def test_a_student_starts_as_its_teacher(project):
 def test_calibration_crops_are_not_the_training_crops(project):
     """They have the recipe's size and number, and a seed of their own."""
     made = recipe.load("tiny.toml", ["train.calibration_images=20"])
-    crops = assemble.gather(made).crops
+    materials = assemble.gather(made)
+    crops = materials.crops
     assert [tuple(crop.shape) for crop in crops] == [(8, 3, 16, 16)] * 3
     assert all(0 <= float(crop.min()) < float(crop.max()) <= 1 for crop in crops)
     assert not torch.equal(crops[0], crops[1])
+    trained = PatchSampler(materials.train, patch_px=16, batch=8, seed=made.seed).next()[0]
+    assert not torch.equal(crops[0], trained.float() / 255)
 
 
 def test_a_grey_network_cannot_be_trained_on_colour(project):

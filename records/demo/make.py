@@ -95,7 +95,6 @@ def write(
     }
     (HERE / "result.json").write_text(json.dumps(values, indent=1) + "\n")
     (HERE / "result.md").write_text(table(scores, similarity, convention.label))
-    (HERE / "recipe.toml").write_text(load("demo").to_toml())
 
 
 def table(

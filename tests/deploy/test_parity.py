@@ -6,7 +6,7 @@ import numpy as np
 import onnx
 import pytest
 import torch
-from exported import images
+from exported import deploy, images
 from onnx import TensorProto, numpy_helper
 
 from sparkir.deploy import parity as parity_module
@@ -31,6 +31,19 @@ def test_an_honest_file_passes(deployed):
     assert parity.differing_pixels <= 1e-4 * parity.pixels
     sizes = 24 * 24 + 31 * 17
     assert parity.pixels == sizes * deployed.facts.channels * deployed.facts.scale**2
+
+
+def test_grids_behind_float_operations_are_marked():
+    """They alone get a larger share: two libraries take float sums in different orders."""
+    marked = [one.name for one in deploy("srcnn", 8).parity.layers if one.is_float]
+    assert marked == ["quantizers_conv2d"]
+    parity = deploy("everything", 8).parity
+    assert {one.name for one in parity.layers if one.is_float} >= {
+        "quantizers_interpolate",
+        "quantizers_mean",
+        "quantizers_cat_3",  # the reflecting convolution's
+    }
+    assert not [one.name for one in parity.layers if one.is_float and one.is_layer]
 
 
 def test_summary_is_one_line(edsr):

@@ -37,7 +37,9 @@ def test_everything_that_is_learned_gets_a_gradient(case, learned):
     }
     if learned == "lsq":  # PAMS moves a bound only where something is clipped
         stuck = {name for name in learned_here if not gradients[name].any()}
-        assert stuck == set() or case is CASES["zero tail"]
+        # Behind a float operation that only moves values, the same grid again rounds nothing.
+        moved = {f"quantizers.{name}.log_scale" for name in case.left_in_float}
+        assert stuck <= moved or case is CASES["zero tail"]
 
 
 @pytest.mark.parametrize("learned", ["lsq", "pams", "none"])
