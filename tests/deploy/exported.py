@@ -92,6 +92,7 @@ class Deployed:
 
     @cached_property
     def parity(self) -> Parity:
+        torch.manual_seed(0)
         sizes = [(1, 24, 24), (1, 31, 17)]
         return check_parity(self.model, self.frozen, [images(self.facts, *s) for s in sizes])
 

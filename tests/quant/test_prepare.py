@@ -302,6 +302,11 @@ class NamedOutputs(Toy):
         return {"restored": self.tail(self.head(x))}
 
 
+class PiecesAsOutput(Toy):
+    def forward(self, x):
+        return self.head(x).chunk(2, dim=1)
+
+
 class CalledTwice(Toy):
     def body(self, x):
         return self.middle(self.relu(self.middle(x)))
@@ -313,6 +318,7 @@ class CalledTwice(Toy):
         (DataDependent, r"DataDependent\.forward cannot be traced .*control flow"),
         (TwoOutputs, "several values; it must return one image"),
         (NamedOutputs, "several values; it must return one image"),
+        (PiecesAsOutput, "several values; it must return one image"),
         (CalledTwice, "'middle' is called twice.*a layer of its own"),
     ],
 )

@@ -182,10 +182,16 @@ class _Recorder(fx.Interpreter):
 
 
 def classify(network: fx.GraphModule, example: Tensor) -> dict[fx.Node, Kind]:
-    """The kind of every node, found with one run on `example` (1, C, H, W)."""
+    """The kind of every node, found with one run on `example` (1, C, H, W).
+
+    Raises:
+        SparkirError: the run gives anything but one tensor.
+    """
     recorder = _Recorder(network)
     with torch.no_grad():
-        recorder.run(example)
+        result = recorder.run(example)
+    if not isinstance(result, Tensor):
+        raise SparkirError("the network returns several values; it must return one image")
     varying = _depends_on_input(network)
     kinds: dict[fx.Node, Kind] = {}
     for node in network.graph.nodes:

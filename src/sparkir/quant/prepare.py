@@ -300,9 +300,7 @@ class _Rewriter:
             self.made[node, own] = self.graph.call_module(name, (node,))
 
     def _return_image(self, node: fx.Node) -> None:
-        (result,) = node.args
-        if not isinstance(result, fx.Node):
-            raise SparkirError("the network returns several values; it must return one image")
+        (result,) = node.all_input_nodes
         with self.graph.inserting_before(node):
             node.args = (self._call("to_image", Dequantize(), result),)
 
