@@ -15,9 +15,12 @@ from sparkir.data.pairs import PatchSampler
 from sparkir.deploy.runtime import RuntimeNetwork
 from sparkir.errors import SparkirError
 from sparkir.evaluate.benchmark import evaluate, mean
+from sparkir.evaluate.infer import restore_image
+from sparkir.measure import training_restorer
 from sparkir.models.checkpoint import save_weights
 from sparkir.models.facts import ModelFacts, facts_of
 from sparkir.models.registry import build
+from sparkir.quant.arithmetic import rounds_exactly
 from sparkir.recipe import WeightingChoice
 from sparkir.spark.weighting import Confidence, SparkPaper, weightings
 from sparkir.tools import Opened, evaluation_setup, open_model, restore_files
@@ -276,6 +279,22 @@ def test_a_saved_student_comes_back_in_the_same_state(project):
     assert again == made
     image = torch.rand(1, 3, 16, 16) * 255
     assert torch.equal(loaded(image), prepared.eval()(image))
+
+
+def test_the_training_row_rounds_as_training_did(project):
+    seen = []
+
+    class Asks(nn.Module):
+        facts = ModelFacts(name="asks", scale=1, channels=3, value_range=1.0, taps=(), halo_px=0)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            seen.append(rounds_exactly())
+            return x
+
+    image = photo(16, 16, 0)
+    assert np.array_equal(training_restorer(Asks())(image), image)
+    assert np.array_equal(restore_image(Asks(), image), image)
+    assert seen == [False, True]
 
 
 def test_weights_of_a_network_are_no_student(project):
