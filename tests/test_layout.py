@@ -74,3 +74,10 @@ def test_only_the_command_line_prints():
 def test_help_does_not_wait_for_torch():
     code = "import sys, sparkir.cli; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+def test_opening_an_exported_file_does_not_need_torch():
+    code = (
+        "import sys, sparkir.deploy.session, sparkir.deploy.card; sys.exit('torch' in sys.modules)"
+    )
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

@@ -5,14 +5,13 @@ from dataclasses import dataclass
 from functools import cache, cached_property
 
 import onnx
-import onnxruntime
 import torch
 import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
 from sparkir.deploy.onnx import to_onnx
 from sparkir.deploy.parity import Parity, check_parity
-from sparkir.deploy.runtime import open_session
+from sparkir.deploy.session import Session, open_session
 from sparkir.models.facts import ModelFacts
 from sparkir.models.registry import build
 from sparkir.quant.calibrate import calibrate
@@ -87,7 +86,7 @@ class Deployed:
         return self.model.SerializeToString()
 
     @cached_property
-    def session(self) -> onnxruntime.InferenceSession:
+    def session(self) -> Session:
         return open_session(self.content)
 
     @cached_property

@@ -14,7 +14,7 @@ from onnx import TensorProto
 
 from sparkir.deploy.onnx import require_onnx, to_onnx, write_model
 from sparkir.deploy.qdq import grid_calls
-from sparkir.deploy.runtime import open_session, run_session
+from sparkir.deploy.session import open_session
 from sparkir.errors import SparkirError
 from sparkir.quant.prepare import placement_of
 from sparkir.quant.reference import stored_bytes
@@ -35,7 +35,7 @@ def stored(model: onnx.ModelProto, kind: int) -> dict[str, np.ndarray]:
 @pytest.mark.parametrize("shape", [(1, 15, 15), (2, 16, 23), (3, 33, 18)])
 def test_any_batch_height_and_width_gives_the_integer_networks_pixels(deployed, shape):
     x = images(deployed.facts, *shape)
-    (restored,) = run_session(deployed.session, x.numpy())
+    (restored,) = deployed.session.run(x.numpy())
     with torch.no_grad():
         expected = deployed.frozen(x)
     assert expected.unique().numel() > 5
@@ -151,13 +151,19 @@ def test_exporting_again_is_silent_and_gives_the_same_file(dncnn, capfd):
 @pytest.mark.parametrize("package", ["onnx", "onnxruntime", "onnxscript"])
 def test_a_missing_package_is_named_with_its_remedy(package, monkeypatch, dncnn):
     monkeypatch.setitem(sys.modules, package, None)
-    for use in (
-        require_onnx,
-        lambda: to_onnx(dncnn.frozen),
-        lambda: open_session(dncnn.content),
-    ):
+    for use in (require_onnx, lambda: to_onnx(dncnn.frozen)):
         with pytest.raises(SparkirError, match=rf'{package}.*pip install "sparkir\[onnx\]"'):
             use()
+
+
+@pytest.mark.parametrize(
+    ("runtime", "remedy"),
+    [("onnxruntime", r"sparkir\[onnx\]"), ("openvino", r"sparkir\[openvino\]")],
+)
+def test_a_missing_runtime_is_named_with_its_remedy(runtime, remedy, monkeypatch, dncnn):
+    monkeypatch.setitem(sys.modules, runtime, None)
+    with pytest.raises(SparkirError, match=rf'not installed: pip install "{remedy}"'):
+        open_session(dncnn.content, runtime=runtime)
 
 
 def test_a_written_file_is_the_model(tmp_path, dncnn):

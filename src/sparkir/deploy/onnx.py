@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import io
-import json
 import logging
 import warnings
 from collections.abc import Callable, Mapping
 from contextlib import contextmanager, redirect_stdout
-from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -16,6 +14,7 @@ import torch
 from torch import fx
 
 from sparkir.data.atomic import atomic_file
+from sparkir.deploy.card import Card
 from sparkir.deploy.qdq import grid_calls, to_qdq
 from sparkir.errors import SparkirError
 from sparkir.models.facts import facts_of
@@ -75,11 +74,8 @@ def to_onnx(frozen: fx.GraphModule, metadata: Mapping[str, str] | None = None) -
     model = program.model_proto
     _strip_traces(model)
     _name_after_grids(model, frozen)
-    facts_text = {
-        "facts": json.dumps(asdict(facts)),
-        "quantization": placement_of(frozen).spec.label,
-    }
-    onnx.helper.set_model_props(model, {**facts_text, **(metadata or {})})
+    card = Card(facts=facts, quantization=placement_of(frozen).spec.label)
+    onnx.helper.set_model_props(model, {**card.to_metadata(), **(metadata or {})})
     onnx.checker.check_model(model, full_check=True)
     return model
 

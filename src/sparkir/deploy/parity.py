@@ -17,7 +17,8 @@ import torch
 from torch import Tensor, fx
 
 from sparkir.deploy.qdq import grid_calls
-from sparkir.deploy.runtime import Fusion, fusion_of, open_session, run_session
+from sparkir.deploy.runtime import Fusion, fusion_of
+from sparkir.deploy.session import open_session
 from sparkir.errors import SparkirError
 from sparkir.models.facts import facts_of
 from sparkir.quant.arithmetic import Quantized
@@ -105,7 +106,7 @@ def check_parity(
     differing = pixels = largest = 0
     step = facts_of(frozen).value_range / 255
     for image in images:
-        _, *stored = run_session(session, image.numpy())
+        _, *stored = session.run(image.numpy())
         bytes_of = dict(zip((call.name for call in calls), stored, strict=True))
         for layer in _teacher_forced(frozen, image, bytes_of):
             worst[layer.name] = max(
@@ -116,7 +117,7 @@ def check_parity(
         with torch.inference_mode():
             expected = frozen(image)
         # Measured on the untouched file: extra outputs could change how it is optimised.
-        (result,) = run_session(plain, image.numpy())
+        (result,) = plain.run(image.numpy())
         levels = ((torch.from_numpy(result) - expected) / step).round().abs()
         differing += int((levels > 0).sum())
         pixels += levels.numel()

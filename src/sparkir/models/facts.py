@@ -4,14 +4,17 @@ Losing a network's value range or size multiple costs decibels or crashes, so ev
 has an attribute ``facts`` and everything else in sparkir reads that instead of guessing.
 """
 
-from dataclasses import dataclass
-from typing import Literal
+from __future__ import annotations
 
-import torch.nn.functional as F
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Literal
+
 from jaxtyping import Float
-from torch import Tensor, nn
 
 from sparkir.errors import SparkirError
+
+if TYPE_CHECKING:  # the facts of an exported file are read where there is no torch
+    from torch import Tensor, nn
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -111,4 +114,8 @@ def _pad_to_multiple(lq: Tensor, facts: ModelFacts) -> Tensor:
             f"{facts.name} needs images of at least {smallest} x {smallest} px, "
             f"but got {height} x {width}; enlarge or pad the image first"
         )
-    return F.pad(lq, (0, right, 0, bottom), mode="reflect") if bottom or right else lq
+    if not (bottom or right):
+        return lq
+    import torch.nn.functional as F
+
+    return F.pad(lq, (0, right, 0, bottom), mode="reflect")

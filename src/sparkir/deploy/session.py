@@ -1,0 +1,126 @@
+"""A deployed file in a runtime that executes it. Imports no torch: restoring needs none."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from importlib.util import find_spec
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal, Protocol, cast, get_args
+
+import numpy as np
+
+from sparkir.errors import SparkirError
+
+if TYPE_CHECKING:
+    import onnxruntime
+
+Runtime = Literal["onnxruntime", "openvino"]
+RUNTIMES: tuple[Runtime, ...] = get_args(Runtime)
+TITLES: dict[Runtime, str] = {"onnxruntime": "ONNX Runtime", "openvino": "OpenVINO"}
+_EXTRAS: dict[Runtime, str] = {"onnxruntime": "onnx", "openvino": "openvino"}
+
+
+class Session(Protocol):
+    """A file ready to run."""
+
+    runtime: Runtime
+    metadata: Mapping[str, str]
+    """What the file says of itself; see `card`."""
+
+    def run(self, lq: np.ndarray) -> list[np.ndarray]:
+        """All outputs for `lq` (N, C, H, W) float32 in the network's value range.
+
+        The first is the restored image; a file made for inspection has more.
+        """
+
+
+def installed(runtime: Runtime) -> bool:
+    """Whether this runtime can be used here."""
+    return find_spec(runtime) is not None
+
+
+def open_session(
+    model: bytes | Path, *, runtime: Runtime = "onnxruntime", threads: int | None = None
+) -> Session:
+    """Open an ONNX file, or its bytes, in a runtime on the CPU; `threads` None lets it choose.
+
+    Raises:
+        SparkirError: the runtime is not installed, or cannot open the file.
+    """
+    if not installed(runtime):
+        raise SparkirError(
+            f"{TITLES[runtime]} is not installed: "
+            f'pip install "sparkir[{_EXTRAS[runtime]}]", or pip install {runtime} alone'
+        )
+    opener = {"onnxruntime": OnnxRuntimeSession, "openvino": OpenVinoSession}[runtime]
+    try:
+        return cast("Session", opener(model, threads=threads))
+    except Exception as error:  # each runtime raises its own, and they share no base
+        name = model if isinstance(model, Path) else "the exported model"
+        reason = str(error).strip().partition("\n")[0]
+        raise SparkirError(f"{TITLES[runtime]} cannot open {name}: {reason}") from error
+
+
+class OnnxRuntimeSession:
+    """ONNX Runtime on the CPU, silent about its own decisions."""
+
+    runtime: Runtime = "onnxruntime"
+
+    def __init__(
+        self, model: bytes | Path, *, threads: int | None, save_optimized: Path | None = None
+    ) -> None:
+        """Open `model`; `save_optimized` keeps the graph that will really run."""
+        import onnxruntime
+
+        options = onnxruntime.SessionOptions()
+        options.log_severity_level = 3
+        if threads is not None:
+            options.intra_op_num_threads = threads
+        if save_optimized is not None:
+            options.optimized_model_filepath = str(save_optimized)
+        source = str(model) if isinstance(model, Path) else model
+        self.session: onnxruntime.InferenceSession = onnxruntime.InferenceSession(
+            source, options, providers=["CPUExecutionProvider"]
+        )
+        self.metadata: Mapping[str, str] = self.session.get_modelmeta().custom_metadata_map
+        self._input = self.session.get_inputs()[0].name
+
+    def run(self, lq: np.ndarray) -> list[np.ndarray]:
+        """All outputs."""
+        return cast("list[np.ndarray]", self.session.run(None, {self._input: lq}))
+
+
+class OpenVinoSession:
+    """OpenVINO on the CPU, from an ONNX file or its own .xml."""
+
+    runtime: Runtime = "openvino"
+
+    def __init__(self, model: bytes | Path, *, threads: int | None) -> None:
+        """Open `model`."""
+        import openvino
+
+        core = openvino.Core()
+        network: Any = core.read_model(str(model) if isinstance(model, Path) else model)
+        # Where a layer stays in floating point, it computes in float32 like everything else here.
+        settings: dict[str, Any] = {
+            "INFERENCE_PRECISION_HINT": "f32",
+            "PERFORMANCE_HINT": "LATENCY",
+        }
+        if threads is not None:
+            settings["INFERENCE_NUM_THREADS"] = threads
+        self.compiled: Any = core.compile_model(network, "CPU", settings)
+        self.metadata: Mapping[str, str] = _said_in(network)
+
+    def run(self, lq: np.ndarray) -> list[np.ndarray]:
+        """All outputs."""
+        # Copied: the arrays belong to the request, which the next call writes into.
+        return [np.array(value) for value in self.compiled([lq]).to_tuple()]
+
+
+def _said_in(network: Any) -> Mapping[str, str]:  # noqa: ANN401 - an openvino.Model
+    """The ONNX metadata, which OpenVINO keeps as its runtime information."""
+    if not network.has_rt_info(["framework"]):
+        return {}
+    entries = network.get_rt_info(["framework"])
+    found = entries.astype(dict) if hasattr(entries, "astype") else entries
+    return {str(key): str(getattr(value, "value", value)) for key, value in found.items()}
