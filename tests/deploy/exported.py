@@ -1,12 +1,16 @@
 """Exported networks, each made once: an export takes seconds."""
 
+import copy
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache, cached_property
 
+import numpy as np
 import onnx
+import onnxruntime
 import torch
 import torch.nn.functional as F
+from onnx import TensorProto, numpy_helper
 from torch import Tensor, fx, nn
 
 from sparkir.deploy.onnx import to_onnx
@@ -15,9 +19,10 @@ from sparkir.deploy.session import Session, open_session
 from sparkir.models.facts import ModelFacts
 from sparkir.models.registry import build
 from sparkir.quant.calibrate import calibrate
-from sparkir.quant.prepare import prepare
+from sparkir.quant.prepare import placement_of, prepare
 from sparkir.quant.reference import freeze
 from sparkir.quant.spec import QuantSpec
+from sparkir.quant.targets import TargetName
 
 
 def images(facts: ModelFacts, *shape: int) -> Tensor:
@@ -90,6 +95,17 @@ class Deployed:
         return open_session(self.content)
 
     @cached_property
+    def bits_say(self) -> float:
+        """Bytes of the weights at their bits, of the int32 biases and of the weights' steps."""
+        layers = {
+            self.frozen.get_submodule(name): bits
+            for name, (bits, _) in placement_of(self.frozen).layers.items()
+        }
+        weights = sum(layer.weight.numel() * bits / 8 for layer, bits in layers.items())
+        rows = sum(len(one.weight) * (1 + (one.bias is not None)) for one in layers)
+        return weights + 4 * rows
+
+    @cached_property
     def parity(self) -> Parity:
         torch.manual_seed(0)
         sizes = [(1, 24, 24), (1, 31, 17)]
@@ -97,13 +113,59 @@ class Deployed:
 
 
 @cache
-def deploy(name: str, bits: int) -> Deployed:
+def deploy(
+    name: str,
+    bits: int,
+    activation_bits: int | None = None,
+    target: TargetName = "onnxruntime",
+    grid: str = "auto",
+) -> Deployed:
     torch.manual_seed(0)
     network = NETWORKS[name]().eval()
-    student = prepare(network, QuantSpec(weight_bits=bits, activation_bits=bits))
+    spec = QuantSpec(
+        weight_bits=bits,
+        activation_bits=activation_bits or bits,
+        target=target,
+        activation_grid=grid,
+    )
+    student = prepare(network, spec)
     calibrate(student, [images(network.facts, 2, 32, 24)])
     frozen = freeze(student)
     return Deployed(frozen=frozen, model=to_onnx(frozen))
+
+
+def weights_of(model: onnx.ModelProto) -> dict[str, np.ndarray]:
+    """Every layer's weights as they are once the file is loaded, however they are stored."""
+    made_by = {name: node for node in model.graph.node for name in node.output}
+    layers = [n for n in model.graph.node if n.op_type in ("Conv", "Gemm")]
+    pairs = [made_by.get(n.input[1]) for n in layers]
+    names = {
+        n.name: pair.input[0]
+        for n, pair in zip(layers, pairs, strict=True)
+        if pair is not None and pair.op_type == "DequantizeLinear"
+    }
+    alone = copy.deepcopy(model)
+    constant = {t.name for t in alone.graph.initializer}
+    kept = []
+    for node in alone.graph.node:
+        if constant.issuperset(node.input):
+            kept.append(node)
+            constant |= set(node.output)
+    for part, content in ((alone.graph.node, kept), (alone.graph.input, [])):
+        del part[:]
+        part.extend(content)
+    del alone.graph.output[:]
+    made = {name for node in kept for name in node.output}
+    stored = {t.name: numpy_helper.to_array(t) for t in model.graph.initializer}
+    wanted = sorted({name for name in names.values() if name in made})
+    for name in wanted:
+        alone.graph.output.append(onnx.helper.make_tensor_value_info(name, TensorProto.INT8, None))
+    if wanted:
+        session = onnxruntime.InferenceSession(
+            alone.SerializeToString(), providers=["CPUExecutionProvider"]
+        )
+        stored |= dict(zip(wanted, session.run(wanted, {}), strict=True))
+    return {layer: stored[name] for layer, name in names.items()}
 
 
 CASES = [

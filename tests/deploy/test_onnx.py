@@ -9,17 +9,20 @@ import numpy as np
 import onnx
 import pytest
 import torch
-from exported import deploy, images
+from exported import Deployed, deploy, images, weights_of
 from onnx import TensorProto
 
 from sparkir.deploy.onnx import require_onnx, to_onnx, write_model
 from sparkir.deploy.qdq import grid_calls
 from sparkir.deploy.session import open_session
 from sparkir.errors import SparkirError
-from sparkir.quant.prepare import placement_of
-from sparkir.quant.reference import stored_bytes
+from sparkir.models.registry import build
+from sparkir.quant.calibrate import calibrate
+from sparkir.quant.prepare import placement_of, prepare
+from sparkir.quant.reference import freeze
+from sparkir.quant.spec import QuantSpec
 
-LARGEST_OVERHEAD_PER_NODE = 200
+LARGEST_OVERHEAD_PER_NODE = 130
 """Bytes of names and settings for each operation in the file."""
 
 
@@ -51,11 +54,9 @@ def test_one_pair_per_grid_named_after_it(deployed):
     names = [n.name for n in deployed.model.graph.node if n.op_type == "QuantizeLinear"]
     assert names == calls
     assert deployed.parity.grids == len(calls) == operations["QuantizeLinear"]
-    tensors = len(stored(deployed.model, TensorProto.INT8)) + len(
-        stored(deployed.model, TensorProto.INT32)
-    )
-    zeros = sum(not array.any() for array in stored(deployed.model, TensorProto.INT8).values())
-    assert operations["DequantizeLinear"] == len(calls) + tensors - zeros
+    layers = placement_of(deployed.frozen).layers
+    biases = len(stored(deployed.model, TensorProto.INT32)) - has_two_bits(deployed.model) * 2
+    assert operations["DequantizeLinear"] == len(calls) + len(layers) + biases
     bytes_of = {n.output[0] for n in deployed.model.graph.node if n.op_type == "QuantizeLinear"}
     clips = [n for n in deployed.model.graph.node if n.op_type == "Clip"]
     narrow = [call for call in calls if levels_of(deployed.frozen, call) < 256]
@@ -67,28 +68,48 @@ def levels_of(frozen, call_name: str) -> int:
     return frozen.get_submodule(str(call.target)).levels
 
 
-def test_weights_are_int8_and_biases_int32(deployed):
-    """The very integers of the network; no layer's weights are there in another form."""
-    int8, int32 = (stored(deployed.model, kind) for kind in (TensorProto.INT8, TensorProto.INT32))
-    for name in placement_of(deployed.frozen).layers:
+def has_two_bits(model: onnx.ModelProto) -> bool:
+    return "weights.int2" in stored(model, TensorProto.UINT8)
+
+
+def test_weights_are_the_very_integers_of_the_network_and_biases_int32(deployed):
+    weights, int32 = weights_of(deployed.model), stored(deployed.model, TensorProto.INT32)
+    assert weights.keys() == placement_of(deployed.frozen).layers.keys()
+    for name, weight in weights.items():
         layer = deployed.frozen.get_submodule(name)
-        (weight,) = [a for n, a in int8.items() if n.startswith(f"{name}.") and a.ndim > 1]
+        assert weight.dtype == np.int8
         np.testing.assert_array_equal(weight, layer.weight.numpy())
-        biases = [array for key, array in int32.items() if key.startswith(f"{name}.")]
+        biases = [array for key, array in int32.items() if key == f"{name}.bias"]
         assert len(biases) == (layer.bias is not None)
         if biases:
             np.testing.assert_array_equal(biases[0], layer.bias.numpy())
-    uint8 = stored(deployed.model, TensorProto.UINT8)
-    assert all(array.ndim == 0 for array in uint8.values())  # zero points
 
 
-def test_the_file_is_about_as_large_as_the_integers(deployed):
-    in_float = sum(array.nbytes for array in stored(deployed.model, TensorProto.FLOAT).values())
-    integers = stored_bytes(deployed.frozen)
-    nodes = len(deployed.model.graph.node)
-    overhead = len(deployed.content) - integers
-    assert 0 < overhead < LARGEST_OVERHEAD_PER_NODE * nodes + in_float
+def test_the_file_is_about_as_large_as_the_bits_say(deployed):
+    in_float = sum(
+        array.nbytes
+        for name, array in stored(deployed.model, TensorProto.FLOAT).items()
+        if not name.endswith("scale")
+    )
+    overhead = len(deployed.content) - deployed.bits_say
+    assert 0 < overhead < LARGEST_OVERHEAD_PER_NODE * len(deployed.model.graph.node) + in_float
     assert not deployed.model.graph.value_info
+
+
+@pytest.mark.parametrize("bits", [4, 2])
+def test_low_bits_make_small_files(bits):
+    """Of a network of some size; the description of a graph weighs the same at any bits."""
+    torch.manual_seed(0)
+    student = prepare(
+        build("edsr", width=64, blocks=8, scale=4),
+        QuantSpec(weight_bits=bits, activation_bits=bits),
+    )
+    calibrate(student, [255 * torch.rand(1, 3, 16, 16)])
+    frozen = freeze(student)
+    deployed = Deployed(frozen=frozen, model=to_onnx(frozen))
+    assert len(deployed.content) <= 1.10 * deployed.bits_say
+    for name, weight in weights_of(deployed.model).items():
+        np.testing.assert_array_equal(weight, frozen.get_submodule(name).weight.numpy())
 
 
 def test_the_file_names_no_source_files(deployed):

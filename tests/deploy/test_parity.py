@@ -49,7 +49,7 @@ def test_grids_behind_float_operations_are_marked():
 def test_summary_is_one_line(edsr):
     text = edsr.parity.summary()
     layers, grids = len(placement_of(edsr.frozen).layers), edsr.parity.grids
-    assert text.startswith(f"{layers} layers run as integer kernels, 0 in float; ")
+    assert text.startswith(f"in ONNX Runtime, {layers} layers run as integer kernels, 0 in float; ")
     assert f"{grids} of {grids} grids bit for bit" in text
     assert text.endswith("0 of 13236 values differ")
     assert "\n" not in text

@@ -9,7 +9,7 @@ import torch
 from sparkir.data.degrade import mod_crop
 from sparkir.data.images import read_image
 from sparkir.deploy.onnx import to_onnx
-from sparkir.deploy.runtime import RuntimeNetwork
+from sparkir.deploy.runtime import RuntimeNetwork, fusion_of
 from sparkir.evaluate.infer import restore_image
 from sparkir.evaluate.metrics import Convention, psnr_db
 from sparkir.models.checkpoint import load_weights
@@ -87,3 +87,21 @@ def test_the_file_shows_the_integer_networks_pixels(frozen, set5):
     ]
     # Names and settings of 476 operations; the integers themselves are 455 kB.
     assert len(model.SerializeToString()) < 1.25 * stored_bytes(frozen)
+
+
+@pytest.mark.data
+@pytest.mark.usefixtures("exact_kernels")
+@pytest.mark.parametrize(("target", "bits"), [("portable", 8), ("portable", 4), ("openvino", 4)])
+def test_no_order_of_operations_matters(rfdn, set5, development_data, target, bits):
+    """OpenVINO and ONNX Runtime on real photographs: nothing but the interpolation may differ."""
+    crops = [crop(path) for path in small_images(development_data)[:8]]
+    student = prepare(rfdn, QuantSpec(weight_bits=bits, activation_bits=bits, target=target))
+    calibrate(student, [torch.stack(crops)])
+    frozen = freeze(student)
+    model = to_onnx(frozen)
+    runtime = "openvino" if target == "openvino" else "onnxruntime"
+    network = RuntimeNetwork(model.SerializeToString(), runtime=runtime)
+    assert fusion_of(model, runtime).float_layers == ()
+    for lq, _ in set5[1:3]:
+        levels = np.abs(restore_image(network, lq).astype(int) - restore_image(frozen, lq))
+        assert (levels > 0).mean() <= 1e-3

@@ -29,7 +29,7 @@ def test_every_grid_and_layer_is_there_and_the_integer_network_keeps_its_own(dnc
 
 def test_a_pair_rounds_to_the_grid_and_back():
     x = torch.tensor([-9.0, -0.6, -0.25, 0.0, 0.25, 0.75, 9.0])
-    found = qdq(x, torch.tensor(0.5), torch.tensor(3, dtype=torch.uint8), 15)
+    found = qdq(x, torch.tensor(0.5), torch.tensor(3, dtype=torch.uint8), 0, 15)
     assert found.tolist() == [-1.5, -0.5, 0.0, 0.0, 0.0, 1.0, 6.0]
 
 

@@ -24,8 +24,8 @@ from sparkir.quant.reference import IntegerQuantizer
 
 BITS = range(2, 9)
 GRIDS = {
-    "affine": {"grid": "affine"},
-    "symmetric": {"grid": "symmetric"},
+    "affine": {},
+    "symmetric": {"symmetric": True},
     "non-negative": {"non_negative": True},
 }
 
@@ -101,7 +101,7 @@ def test_where_zero_lies(bits_and_grid):
 
 
 def test_symmetric_starts_at_zero_where_nothing_is_negative():
-    assert calibrated(torch.rand(100), bits=4, grid="symmetric").zero_level == 0
+    assert calibrated(torch.rand(100), bits=4, symmetric=True).zero_level == 0
 
 
 # -- activations: gradients ----------------------------------------------------------------------

@@ -5,7 +5,7 @@ from __future__ import annotations
 import io
 import logging
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, redirect_stdout
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -15,14 +15,13 @@ from torch import fx
 
 from sparkir.data.atomic import atomic_file
 from sparkir.deploy.card import Card
+from sparkir.deploy.pack import make_small
 from sparkir.deploy.qdq import grid_calls, to_qdq
 from sparkir.errors import SparkirError
 from sparkir.models.facts import facts_of
 from sparkir.quant.prepare import example_px, placement_of
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
-
     import onnx
 
 OPSET = 21
@@ -58,9 +57,10 @@ def to_onnx(frozen: fx.GraphModule, metadata: Mapping[str, str] | None = None) -
     height = example_px(facts, at_least=EXAMPLE_PX)
     width = example_px(facts, at_least=height + 8)
     example = torch.zeros(2, facts.channels, height, width)
+    view = to_qdq(frozen)
     with _quiet():
         program = torch.onnx.export(
-            to_qdq(frozen),
+            view,
             (example,),
             dynamo=True,
             opset_version=OPSET,
@@ -73,7 +73,8 @@ def to_onnx(frozen: fx.GraphModule, metadata: Mapping[str, str] | None = None) -
     assert program is not None
     model = program.model_proto
     _strip_traces(model)
-    _name_after_grids(model, frozen)
+    _name_after_grids(model, view)
+    make_small(model)
     card = Card(facts=facts, quantization=placement_of(frozen).spec.label)
     onnx.helper.set_model_props(model, {**card.to_metadata(), **(metadata or {})})
     onnx.checker.check_model(model, full_check=True)
@@ -99,11 +100,12 @@ def _translations() -> dict[Any, Callable[..., Any]]:
 
     op: Any = opset21  # its annotations speak of eager values, not of the graph being written
 
-    def write_qdq(x: Any, scale: Any, zero: Any, top: int) -> Any:  # noqa: ANN401
+    def write_qdq(x: Any, scale: Any, zero: Any, low: int, top: int) -> Any:  # noqa: ANN401
         stored = op.QuantizeLinear(x, scale, zero)
-        if top < 255:  # a narrower grid in bytes
-            low, high = (op.Cast(op.Constant(value_int=v), to=2) for v in (0, top))
-            stored = op.Clip(stored, low, high)
+        if top - low < 255:  # a narrower grid in bytes
+            kind = 2 if low == 0 else 3  # uint8, int8
+            bounds = (op.Cast(op.Constant(value_int=v), to=kind) for v in (low, top))
+            stored = op.Clip(stored, *bounds)
         return op.DequantizeLinear(stored, scale, zero)
 
     def write_dequantize(ints: Any, scale: Any, zero: Any = None) -> Any:  # noqa: ANN401
@@ -127,13 +129,24 @@ def _strip_traces(model: onnx.ModelProto) -> None:
     model.ClearField("metadata_props")
 
 
-def _name_after_grids(model: onnx.ModelProto, frozen: fx.GraphModule) -> None:
+def _name_after_grids(model: onnx.ModelProto, view: fx.GraphModule) -> None:
     """Name each quantize node after the call that it came from; both are in order of execution."""
-    calls = grid_calls(frozen)
+    names = [call.name for call in _not_merged(grid_calls(view), view)]
     nodes = [node for node in model.graph.node if node.op_type == "QuantizeLinear"]
-    assert len(nodes) == len(calls), f"{len(nodes)} quantize nodes for {len(calls)} grids"
-    for node, call in zip(nodes, calls, strict=True):
-        node.name = call.name
+    assert len(nodes) == len(names), f"{len(nodes)} quantize nodes for {len(names)} grids"
+    for node, name in zip(nodes, names, strict=True):
+        node.name = name
+
+
+def _not_merged(calls: Sequence[fx.Node], view: fx.GraphModule) -> Iterator[fx.Node]:
+    """One of all calls that round the same values to the same grid: the exporter merges them."""
+    seen = set()
+    for call in calls:
+        grid: Any = view.get_submodule(str(call.target))
+        rounding = (call.args, float(grid.scale), int(grid.zero), grid.zero.dtype)
+        if rounding not in seen:
+            seen.add(rounding)
+            yield call
 
 
 @contextmanager

@@ -21,10 +21,10 @@ _FLOAT_FUNCTIONS = (F.conv2d, F.conv_transpose2d, F.linear)
 
 
 @torch.library.custom_op("sparkir::qdq", mutates_args=())
-def qdq(x: Tensor, scale: Tensor, zero: Tensor, top: int) -> Tensor:
-    """Round `x` to stored bytes 0 .. top and back. scale (), zero () uint8."""
+def qdq(x: Tensor, scale: Tensor, zero: Tensor, low: int, top: int) -> Tensor:
+    """Round `x` to stored numbers low .. top and back. scale (), zero () uint8 or int8."""
     stored = (x / scale).round() + zero
-    return (stored.clamp(0, top) - zero) * scale
+    return (stored.clamp(low, top) - zero) * scale
 
 
 @torch.library.custom_op("sparkir::dequantize", mutates_args=())
@@ -34,7 +34,7 @@ def dequantize(ints: Tensor, scale: Tensor, zero: Tensor | None = None) -> Tenso
 
 
 @qdq.register_fake
-def _(x: Tensor, scale: Tensor, zero: Tensor, top: int) -> Tensor:
+def _(x: Tensor, scale: Tensor, zero: Tensor, low: int, top: int) -> Tensor:
     return torch.empty_like(x)
 
 
@@ -50,12 +50,13 @@ class QdqGrid(nn.Module):
         """The same grid."""
         super().__init__()
         self.register_buffer("scale", grid.scale)
-        self.register_buffer("zero", grid.zero_point.to(torch.uint8))
-        self.top = grid.levels - 1
+        self.register_buffer("zero", torch.tensor(grid.stored_zero, dtype=grid.stored_type))
+        self.low = grid.stored_zero - grid.zero_level
+        self.top = self.low + grid.levels - 1
 
     def forward(self, x: Tensor) -> Tensor:
         """Real values on the grid."""
-        return cast("Tensor", qdq(x, self.scale, self.zero, self.top))
+        return cast("Tensor", qdq(x, self.scale, self.zero, self.low, self.top))
 
 
 class QdqLayer(nn.Module):
@@ -109,11 +110,11 @@ def _shield_float_convolutions(view: fx.GraphModule) -> None:
     view.recompile()
 
 
-def grid_calls(frozen: fx.GraphModule) -> list[fx.Node]:
-    """The graph's calls of quantizers, in order: one QDQ pair each in an exported file."""
+def grid_calls(network: fx.GraphModule) -> list[fx.Node]:
+    """The calls of grids, in order, of an integer network or its QDQ form: one pair each."""
     return [
         node
-        for node in frozen.graph.nodes
+        for node in network.graph.nodes
         if node.op == "call_module"
-        and isinstance(frozen.get_submodule(str(node.target)), IntegerQuantizer)
+        and isinstance(network.get_submodule(str(node.target)), IntegerQuantizer | QdqGrid)
     ]

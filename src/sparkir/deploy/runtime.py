@@ -1,4 +1,4 @@
-"""An exported file as a network, and what ONNX Runtime makes of it."""
+"""An exported file as a network, and what a runtime makes of it."""
 
 from __future__ import annotations
 
@@ -6,20 +6,22 @@ import tempfile
 from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from sparkir.deploy.card import read_card
-from sparkir.deploy.session import OnnxRuntimeSession, Runtime, open_session
+from sparkir.deploy.session import OnnxRuntimeSession, OpenVinoSession, Runtime, open_session
 from sparkir.models.facts import ModelFacts
 
 if TYPE_CHECKING:
     import onnx
 
 _INTEGER = ("QLinear", "ConvInteger", "MatMulInteger", "QGemm", "NhwcMaxPool")
-_CONVOLUTIONS = ("Conv", "FusedConv", "NhwcFusedConv", "ConvTranspose", "Gemm", "MatMul")
+_INTEGER_LAYERS = ("QLinearConv", "QLinearMatMul", "QGemm")
+_FLOAT_LAYERS = ("Conv", "FusedConv", "NhwcFusedConv", "ConvTranspose", "Gemm", "MatMul")
+_NO_WORK = ("Input", "Output", "Const", "Reshape", "ShapeOf", "Reorder")
 
 
 class RuntimeNetwork(nn.Module):
@@ -49,25 +51,82 @@ class RuntimeNetwork(nn.Module):
 
 @dataclass(frozen=True)
 class Fusion:
-    """What ONNX Runtime made of a file."""
+    """What a runtime made of a file."""
 
     integer: Counter[str]
     """Operators it runs on integers, by type."""
     other: Counter[str]
     """The rest."""
-    float_layers: tuple[str, ...]
-    """Convolutions and linear layers that it runs in floating point."""
+    layers: dict[str, bool]
+    """Every convolution and linear layer: whether it runs on integers."""
+
+    @property
+    def float_layers(self) -> tuple[str, ...]:
+        """Convolutions and linear layers that it runs in floating point."""
+        return tuple(name for name, integer in self.layers.items() if not integer)
+
+    @property
+    def integer_share(self) -> float:
+        """Operators on integers, of all."""
+        integer = self.integer.total()
+        return integer / max(1, integer + self.other.total())
 
 
-def fusion_of(model: onnx.ModelProto) -> Fusion:
-    """Optimise `model` as a session would and look at the result."""
+def fusion_of(model: onnx.ModelProto, runtime: Runtime = "onnxruntime") -> Fusion:
+    """Have `runtime` optimise `model` as it would to run it, and look at the result."""
+    look = {"onnxruntime": _onnxruntime_operators, "openvino": _openvino_operators}[runtime]
+    operators = look(model)
+    kinds = [Counter(o.kind for o in operators if o.integer is yes) for yes in (True, False)]
+    layers = {o.name: o.integer for o in operators if o.is_layer}
+    return Fusion(integer=kinds[0], other=kinds[1], layers=layers)
+
+
+class _Operator(NamedTuple):
+    name: str
+    kind: str
+    integer: bool
+    is_layer: bool
+
+
+def _onnxruntime_operators(model: onnx.ModelProto) -> list[_Operator]:
     import onnx
 
     with tempfile.TemporaryDirectory() as folder:
         optimized = Path(folder) / "optimized.onnx"
         OnnxRuntimeSession(model.SerializeToString(), threads=1, save_optimized=optimized)
         nodes = list(onnx.load(optimized).graph.node)
-    integer = Counter(n.op_type for n in nodes if n.op_type.startswith(_INTEGER))
-    other = Counter(n.op_type for n in nodes if not n.op_type.startswith(_INTEGER))
-    float_layers = tuple(n.name for n in nodes if n.op_type in _CONVOLUTIONS)
-    return Fusion(integer=integer, other=other, float_layers=float_layers)
+    return [
+        _Operator(
+            name=n.name,
+            kind=n.op_type,
+            integer=n.op_type.startswith(_INTEGER),
+            is_layer=n.op_type in (*_FLOAT_LAYERS, *_INTEGER_LAYERS),
+        )
+        for n in nodes
+    ]
+
+
+def _openvino_operators(model: onnx.ModelProto) -> list[_Operator]:
+    session = OpenVinoSession(model.SerializeToString(), threads=1)
+    found = []
+    for operator in session.compiled.get_runtime_model().get_ordered_ops():
+        facts = operator.get_rt_info()
+        kind, kernel, names = (
+            facts[key].astype(str) for key in ("layerType", "primitiveType", "originalLayersNames")
+        )
+        if kind in _NO_WORK or kernel.startswith(("unknown", "ref_any", "ref_i")):
+            continue  # constants, and arithmetic on shapes
+        layer = next((n for n in names.split(",") if n in _layer_names(model)), "")
+        found.append(
+            _Operator(
+                name=layer or names,
+                kind=kind,
+                integer=kernel.upper().endswith(("_I8", "_U8")),
+                is_layer=kind in ("Convolution", "FullyConnected", "MatMul", "Deconvolution"),
+            )
+        )
+    return found
+
+
+def _layer_names(model: onnx.ModelProto) -> set[str]:
+    return {n.name for n in model.graph.node if n.op_type in _FLOAT_LAYERS}

@@ -84,6 +84,8 @@ def rounds_exactly() -> bool:
     return _exact.get()
 
 
+_SMALLEST_ODD = 128
+
 Value = Tensor | Quantized | Accumulated | Sum | Product
 
 
@@ -152,6 +154,29 @@ def round_to_grid(
     """
     result: Tensor = _RoundToGrid.apply(x.float(), step, own, low, high, divide)
     return result
+
+
+def to_power_of_two(scale: Tensor) -> Tensor:
+    """The nearest power of two, by ratio, with the gradient of `scale` (TQT, Jain 2020)."""
+    nearest = torch.exp2(scale.detach().log2().round())
+    return nearest * (scale / scale.detach())  # exact: the ratio is 1
+
+
+def to_multiple(scale: Tensor, unit: Tensor) -> Tensor:
+    """The nearest multiple of `unit`, at least one, with the gradient of `scale`."""
+    nearest = (scale / unit).detach().round().clamp_min(1) * unit.detach()
+    return nearest * (scale / scale.detach())
+
+
+def to_odd_fraction(ratio: Tensor) -> Tensor:
+    """The nearest 2**k / odd, k >= 0, without gradient; off by 0.8 % at most.
+
+    A whole number times such a ratio is never half-way between two whole numbers, and never
+    nearer to that than 1 / (2 * odd): no rounding error and no rule for ties can matter.
+    """
+    exponent = (_SMALLEST_ODD * ratio.detach()).log2().ceil().clamp_min(0)
+    power = torch.exp2(exponent)
+    return power / (2 * ((power / ratio.detach() - 1) / 2).round() + 1)
 
 
 def round_straight_through(x: Tensor) -> Tensor:

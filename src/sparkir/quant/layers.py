@@ -20,8 +20,15 @@ from sparkir.quant.arithmetic import (
     Sum,
     Value,
     round_straight_through,
+    to_multiple,
+    to_odd_fraction,
+    to_power_of_two,
 )
-from sparkir.quant.quantizer import Learned, WeightQuantizer
+from sparkir.quant.quantizer import ActivationQuantizer, Learned, WeightQuantizer
+
+FRACTION_BITS = 15
+"""Of sums that flow on as real values, in steps of the grid that they reach. Eight more bits hold
+the level itself, with its zero point added, and float32 has 24."""
 
 
 class QuantLayer(nn.Module):
@@ -32,13 +39,30 @@ class QuantLayer(nn.Module):
         super().__init__()
         self.weight, self.bias = layer.weight, layer.bias
         self.weight_quantizer = WeightQuantizer(layer.weight.shape[0], bits=bits, learned=learned)
+        # Tuples, so that the grids do not become submodules.
+        self.writes: tuple[ActivationQuantizer] | None = None
+        """The grid that its sums are rounded to, by an odd fraction; see `steps`."""
+        self.flows_to: tuple[ActivationQuantizer, ...] = ()
+        """The grids that its sums reach as real values, whole parts of their steps; see `steps`."""
+
+    def weight_scale(self, input_scale: Tensor) -> Tensor:
+        """(C_out,), the steps of the weights."""
+        scale = self.weight_quantizer.scale()
+        if self.flows_to:
+            grid = torch.stack([grid.scale().detach() for grid in self.flows_to]).min()
+            unit = to_power_of_two(grid) * 2.0**-FRACTION_BITS
+            return to_multiple(scale * input_scale.detach(), unit) / input_scale.detach()
+        if self.writes is not None:
+            ratio = (input_scale * scale / self.writes[0].scale()).detach()
+            return scale * (to_odd_fraction(ratio) / ratio)
+        return scale
 
     def integers(self, input_scale: Tensor) -> tuple[Tensor, Tensor | None, Tensor]:
         """(weight, bias, step of the sums (C_out,)), all whole numbers but the last.
 
         The bias is an int32 of step input_scale * weight_scale, as the runtime will make it.
         """
-        weight, weight_scale = self.weight_quantizer(self.weight)
+        weight, weight_scale = self.weight_quantizer(self.weight, self.weight_scale(input_scale))
         scale = input_scale * weight_scale
         if self.bias is None:
             return weight, None, scale

@@ -42,6 +42,7 @@ from sparkir.quant.layers import (
 )
 from sparkir.quant.quantizer import ActivationQuantizer
 from sparkir.quant.spec import CARRIER_BITS, QuantSpec
+from sparkir.quant.steps import restrict_steps
 
 EXAMPLE_PX = 48
 
@@ -88,6 +89,11 @@ _PASSES = {Kind.PASS, Kind.RELU, Kind.TAP}
 _ABSORBS_RELU = {Kind.LAYER, Kind.ADD, Kind.MULTIPLY}
 
 
+def _is_narrow(asked: set[_Request]) -> bool:
+    """Whether somebody asks for fewer bits than sums travel in."""
+    return any(request.what == "bits" and request.bits < CARRIER_BITS for request in asked)
+
+
 def prepare(network: nn.Module, spec: QuantSpec) -> fx.GraphModule:
     """A copy of `network` with quantizers, its float weights kept as parameters.
 
@@ -123,9 +129,13 @@ class _Plan:
     """Which grid every tensor gets, decided from its readers backwards."""
 
     def __init__(self, module: fx.GraphModule, kinds: dict[fx.Node, Kind], spec: QuantSpec) -> None:
-        self.spec, self.kinds = spec, kinds
+        self.spec, self.kinds, self.fuses = spec, kinds, spec.runs_on.fuses
         self.tensors = [n for n in module.graph.nodes if kinds[n] is not Kind.NOT_A_TENSOR]
         self.edge_layers = self._reached_layers(Kind.INPUT) | self._reached_layers(Kind.OUTPUT)
+        self.seeing_the_image: set[fx.Node] = set()
+        if spec.runs_on.int8_only:
+            self.seeing_the_image = self._reached_layers(Kind.INPUT)
+            self.kinds = kinds | dict.fromkeys(self.seeing_the_image, Kind.FLOAT)
         self.absorbed: set[fx.Node] = set()
         self.asked: dict[fx.Node, set[_Request]] = {n: set() for n in self.tensors}
         for node in reversed(self.tensors):
@@ -154,7 +164,8 @@ class _Plan:
             case Kind.LAYER:
                 return _Request("bits", self.reading_bits(node))
             case Kind.CONCATENATE:
-                return _Request("concatenation", owner=node)
+                on_grid = self.grid_of(node) is not None
+                return _Request("concatenation", owner=node) if on_grid else _FLOAT
             case Kind.RELU if node in self.absorbed:
                 return _SUMS
             case Kind.TAP if self.asked[node] == {_SUMS}:
@@ -162,30 +173,35 @@ class _Plan:
             case Kind.PASS | Kind.RELU | Kind.TAP:
                 return self.grid_of(node) or _FLOAT
             case Kind.OUTPUT:
-                return _IMAGE
+                return _FLOAT if self.spec.runs_on.int8_only else _IMAGE
             case Kind.FLOAT:
                 return _FLOAT
             case _:
-                return _CARRIER
+                return _FLOAT if self.fuses else _CARRIER
 
     def grid_of(self, node: fx.Node) -> _Request | None:
         """The grid on which `node`'s result is made; None when it is not on one."""
         if self.kinds[node] is Kind.INPUT:
-            return _IMAGE
+            return None if self.spec.runs_on.int8_only else _IMAGE
         asked = self.asked[node] - {_FLOAT}
         if asked == {_SUMS}:
             return None
+        if self.fuses and _FLOAT in self.asked[node] and _is_narrow(asked):
+            return _CARRIER
         if len(asked) == 1:
             return next(iter(asked))
-        if asked or node in self.absorbed or self.kinds[node] in _WRITES_A_GRID:
+        if asked or node in self.absorbed:
             return _CARRIER
-        return None
+        writes = self.kinds[node] in _WRITES_A_GRID and not self.fuses
+        return _CARRIER if writes else None
 
     def _can_be_absorbed(self, node: fx.Node) -> bool:
         """A ReLU whose own grid can do its work, right behind a layer that feeds only it."""
         if self.kinds[node] is not Kind.RELU:
             return False
         grid = self.grid_of(node)
+        if self.spec.runs_on.int8_only or (grid is None and self.fuses):
+            return False
         if grid is not None and grid.what == "concatenation":
             return False
         (source,) = self.tensor_inputs(node)
@@ -233,6 +249,8 @@ class _Rewriter:
                 self._write(node)
         self.graph.lint()
         self.module.delete_all_unused_submodules()
+        if self.plan.spec.runs_on.any_order:
+            restrict_steps(self.module)
         self.module.recompile()
         setattr(self.module, "placement", self.placement)  # noqa: B010 - for mypy
         return self.module
@@ -251,7 +269,7 @@ class _Rewriter:
     def _on_grid(self, source: fx.Node, request: _Request, *, before: fx.Node) -> fx.Node:
         """`source` as `request` wants it, made once."""
         own, made = self.plan.grid_of(source), self._on_own_grid(source)
-        if own is None:
+        if own is None and not self._is_sums(source, request):
             return made
         if own == _IMAGE and request == _CARRIER:
             return made  # the image's own grid has 8 bits
@@ -263,6 +281,10 @@ class _Rewriter:
                     made = self.graph.call_module(self._grid(source, request), (made,))
             self.made[source, request] = made
         return self.made[source, request]
+
+    def _is_sums(self, source: fx.Node, request: _Request) -> bool:
+        """Whether a layer's sums, on no grid, are wanted as real values."""
+        return self.plan.kinds[source] is Kind.LAYER and request == _FLOAT
 
     def _swap(self, node: fx.Node) -> None:
         """Turn the operation into its integer layer, in place."""
@@ -284,7 +306,12 @@ class _Rewriter:
                 self._become(node, PassThrough(self._operation(node)))
             case Kind.FLOAT:
                 name = str(node.target) if node.op == "call_module" else node.name
-                self.placement.left_in_float[name] = reason_for_float(node, self.module)
+                seeing = node in self.plan.seeing_the_image
+                self.placement.left_in_float[name] = (
+                    "it reads the image, whose 256 levels no int8 holds"
+                    if seeing
+                    else reason_for_float(node, self.module)
+                )
             case _:
                 pass
 
@@ -294,7 +321,10 @@ class _Rewriter:
         if own is None:
             return
         passed = self.plan.kinds[node] in _PASSES and node not in self.plan.absorbed
-        # What only moves keeps its grid, but an exported file must say it again.
+        if self.plan.fuses and (passed or self.plan.kinds[node] is Kind.CONCATENATE):
+            self.made[node, own] = node  # on its grid already
+            return
+        # What only moves keeps its grid, but a file for kernels of grids must say it again.
         name = str(cast("fx.Node", node.args[0]).target) if passed else self._grid(node, own)
         with self.graph.inserting_after(node):
             self.made[node, own] = self.graph.call_module(name, (node,))
@@ -311,16 +341,18 @@ class _Rewriter:
             assert owner_grid is not None
             return self._grid(request.owner, owner_grid)
         if (node, request) not in self.grids:
+            spec = self.plan.spec
             own = self.plan.grid_of(node) == request
             name = f"quantizers.{node.name}" + ("" if own else f"_{request.bits}bit")
             self.module.add_submodule(
                 name,
                 ActivationQuantizer(
                     bits=request.bits,
-                    grid=self.plan.spec.activation_grid,
-                    learned=self.plan.spec.learned,
+                    symmetric=spec.symmetric(request.bits),
+                    learned=spec.learned,
                     non_negative=node in self.plan.absorbed,
                     image_step=self.image_step if request == _IMAGE else None,
+                    int8_only=spec.runs_on.int8_only,
                 ),
             )
             self.grids[node, request] = name
@@ -335,7 +367,8 @@ class _Rewriter:
                 "give each call a layer of its own"
             )
         kind = QuantConv2d if isinstance(layer, nn.Conv2d) else QuantLinear
-        swapped = kind(layer, bits=bits, learned=self.plan.spec.learned)  # type: ignore[arg-type]
+        spec = self.plan.spec
+        swapped = kind(layer, bits=bits, learned=spec.learned)  # type: ignore[arg-type]
         self.module.set_submodule(name, swapped)
         node.args, node.kwargs = tuple(node.all_input_nodes), {}
         self.placement.layers[name] = (bits, self.plan.reading_bits(node))

@@ -16,6 +16,8 @@ from sparkir.quant.arithmetic import (
     quantize,
     round_to_grid,
     rounds_exactly,
+    to_odd_fraction,
+    to_power_of_two,
 )
 from sparkir.quant.ranges import RangeObserver, fit_grid, fit_weight_scale
 
@@ -23,8 +25,8 @@ Learned = Literal["lsq", "pams", "none"]
 
 
 def scale_gradient(x: Tensor, factor: float) -> Tensor:
-    """X itself, with its gradient multiplied by `factor` (LSQ, section 2.2)."""
-    return (x - x * factor).detach() + x * factor
+    """X itself, to the last bit, with its gradient multiplied by `factor` (LSQ, section 2.2)."""
+    return x.detach() + (x - x.detach()) * factor
 
 
 class ActivationQuantizer(nn.Module):
@@ -43,22 +45,30 @@ class ActivationQuantizer(nn.Module):
         self,
         *,
         bits: int,
-        grid: Literal["affine", "symmetric"] = "affine",
+        symmetric: bool = False,
         learned: Learned = "lsq",
         non_negative: bool = False,
         image_step: float | None = None,
+        int8_only: bool = False,
     ) -> None:
         """Make an uncalibrated quantizer.
 
         Args:
             bits: 2 to 8.
-            grid: whether both ends fit the data, or zero sits in the middle.
+            symmetric: whether zero sits in the middle, or both ends fit the data.
             learned: how the step is trained.
             non_negative: the tensor follows a ReLU that this grid absorbs, so zero is byte 0.
             image_step: for the image itself: a fixed grid of this step starting at black.
+            int8_only: whether zero stays in the middle even if nothing is negative.
         """
         super().__init__()
-        self.bits, self.grid, self.non_negative = bits, grid, non_negative or image_step is not None
+        self.bits, self.symmetric, self.non_negative = bits, symmetric, non_negative
+        self.int8_only = self.prefers_int8 = int8_only
+        self.power_of_two = False
+        """Whether the step must be one; see `steps`."""
+        self.rounds_again: tuple[ActivationQuantizer] | None = None
+        """The grid of the values that this one rounds a second time, in a tuple so that it does
+        not become a submodule; the ratio of the steps must then be an odd fraction."""
         self.learned: Learned = "none" if image_step is not None else learned
         self.log_scale = nn.Parameter(
             torch.tensor(math.log(image_step) if image_step is not None else 0.0),
@@ -80,11 +90,22 @@ class ActivationQuantizer(nn.Module):
         """The zero point on the host."""
         return self._zero_level
 
+    @property
+    def signed(self) -> bool:
+        """Whether the grid is stored as int8 with zero point 0."""
+        return self.prefers_int8 and self._zero_level == self.levels // 2
+
     def scale(self) -> Tensor:
         """(), the step, without LSQ's gradient scale."""
         if self.image_step is not None:  # exactly float32(1/255), not exp(log(1/255))
             return torch.full_like(self.log_scale, self.image_step)
-        return self.log_scale.exp()
+        scale = self.log_scale.exp()
+        if self.power_of_two:
+            return to_power_of_two(scale)
+        if self.rounds_again is not None:
+            ratio = (self.rounds_again[0].scale() / scale).detach()
+            return scale * (ratio / to_odd_fraction(ratio))
+        return scale
 
     def forward(self, value: Value) -> Quantized:
         """Round `value` to the grid; under an observer, record it and pass it on in float."""
@@ -120,8 +141,10 @@ class ActivationQuantizer(nn.Module):
             seen,
             bits=self.bits,
             method=method,
-            symmetric=self.grid == "symmetric",
+            symmetric=self.symmetric,
             non_negative=self.non_negative,
+            power_of_two=self.power_of_two,
+            unsigned=not self.int8_only,
         )
         with torch.no_grad():
             self.log_scale.fill_(math.log(scale))
@@ -164,12 +187,16 @@ class WeightQuantizer(nn.Module):
         return int(2 ** (self.bits - 1)) - 1
 
     def scale(self) -> Tensor:
-        """(C_out,), the steps."""
+        """(C_out,), the steps, without what `steps` asks for."""
         return self.log_scale.exp()
 
-    def forward(self, weight: Tensor) -> tuple[Tensor, Tensor]:
-        """Integers of `weight` (C_out, ...) in float32, and their steps (C_out,)."""
-        scale = self.scale()
+    def forward(self, weight: Tensor, scale: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """Integers of `weight` (C_out, ...) in float32, and their steps (C_out,).
+
+        The steps are the quantizer's own unless given.
+        """
+        if scale is None:
+            scale = self.scale()
         if self.training and self.learned == "lsq":
             per_channel = weight[0].numel() * self.high
             scale = scale_gradient(scale, 1.0 / math.sqrt(per_channel))

@@ -66,19 +66,31 @@ def fit_grid(
     method: Method,
     symmetric: bool,
     non_negative: bool,
+    unsigned: bool = True,
+    power_of_two: bool = False,
 ) -> tuple[float, int]:
     """(step, zero point) of a grid with 2**bits bytes for the values seen.
 
     Zero is always a grid point, because convolutions pad with it. `non_negative` pins it to
-    byte 0; `symmetric` to the middle, unless nothing negative was seen.
+    byte 0; `symmetric` to the middle, unless nothing negative was seen and bytes may be
+    `unsigned`. With `power_of_two`, the step is one.
     """
     top = 2**bits - 1
     low, high = min(seen.low, 0.0), max(seen.high, 0.0)
     fixed: int | None = 2 ** (bits - 1) if symmetric else None
-    if non_negative or low == 0.0:
+    if unsigned and (non_negative or low == 0.0):
         low, fixed = 0.0, 0
     if high - low < 1e-12:  # a dead tensor: any step serves
-        return 1.0 / top, fixed or 0
+        return 1.0 / (top + power_of_two), fixed or 0
+    step, zero = _fit_range(seen, method=method, low=low, high=high, top=top, fixed=fixed)
+    if not power_of_two:
+        return step, zero
+    return _nearest_power_of_two(seen.sample(), step, zero, top=top, fixed=fixed)
+
+
+def _fit_range(
+    seen: RangeObserver, *, method: Method, low: float, high: float, top: int, fixed: int | None
+) -> tuple[float, int]:
     sample = seen.sample()
     if method == "percentile":
         # Values that are exactly zero say nothing of the range (half of them, after a ReLU).
@@ -89,6 +101,26 @@ def fit_grid(
     if method == "mse":
         return _least_squares_grid(sample, low=low, high=high, top=top, fixed=fixed)
     return _grid_of_range(low, high, top=top, fixed=fixed)
+
+
+def _nearest_power_of_two(
+    sample: Tensor, step: float, zero: int, *, top: int, fixed: int | None
+) -> tuple[float, int]:
+    """The better of the two powers of two around `step`, and the zero point that suits it.
+
+    Zero points are even: a value half-way between two levels then goes to the same one whether it
+    is rounded before the zero point is added, or after.
+    """
+    candidates = []
+    for exponent in (math.floor(math.log2(step)), math.ceil(math.log2(step))):
+        power = 2.0**exponent
+        # The same low end, the same high end, or the same centre of the range.
+        low_end, high_end = zero * step / power, top - (top - zero) * step / power
+        ends = (low_end, high_end, (low_end + high_end) / 2)
+        even = [min(top - 1, max(0, 2 * round(end / 2))) for end in ends]
+        zeros = even if fixed is None else [fixed]
+        candidates += [(power, z) for z in zeros]
+    return min(candidates, key=lambda grid: _squared_error(sample, grid[0], grid[1], top))
 
 
 def _grid_of_range(low: float, high: float, *, top: int, fixed: int | None) -> tuple[float, int]:

@@ -18,6 +18,7 @@ from sparkir.quant.arithmetic import Accumulated, Quantized, Value, quantize
 from sparkir.quant.layers import QuantConv2d, QuantLayer
 from sparkir.quant.prepare import carry_facts
 from sparkir.quant.quantizer import ActivationQuantizer
+from sparkir.quant.steps import grid_of_input
 
 _EXACT_FLOAT32 = 2**24
 _INT32 = 2**31
@@ -35,6 +36,7 @@ class IntegerQuantizer(nn.Module):
         self.register_buffer("scale", quantizer.scale().detach().clone())
         self.register_buffer("zero_point", quantizer.zero_point.clone())
         self.levels, self.zero_level = quantizer.levels, quantizer.zero_level
+        self.signed = quantizer.signed
 
     def forward(self, value: Value) -> Quantized:
         """Round `value` to the grid."""
@@ -49,13 +51,23 @@ class IntegerQuantizer(nn.Module):
             exact=True,
         )
 
+    @property
+    def stored_zero(self) -> int:
+        """The stored number that means zero."""
+        return 0 if self.signed else self.zero_level
+
+    @property
+    def stored_type(self) -> torch.dtype:
+        """Of the stored numbers."""
+        return torch.int8 if self.signed else torch.uint8
+
     def stored(self, value: Quantized) -> Tensor:
-        """The bytes of a value on this grid, uint8."""
-        return (value.ints + self.zero_point).to(torch.uint8)
+        """The bytes of a value on this grid."""
+        return (value.ints + self.stored_zero).to(self.stored_type)
 
     def loaded(self, stored: Tensor) -> Quantized:
         """A value on this grid from its bytes."""
-        return Quantized(stored.float() - self.zero_point, self.scale, self.zero_point)
+        return Quantized(stored.float() - self.stored_zero, self.scale, self.zero_point)
 
     def extra_repr(self) -> str:
         """What print shows."""
@@ -79,7 +91,7 @@ class IntegerLayer(nn.Module):
         super().__init__()
         weight, bias, scale = layer.integers(source.scale)
         self.register_buffer("weight", weight.detach().to(torch.int8))
-        self.register_buffer("weight_scale", layer.weight_quantizer.scale().detach().clone())
+        self.register_buffer("weight_scale", layer.weight_scale(source.scale).detach().clone())
         self.register_buffer("sum_scale", scale.detach().clone())
         self.register_buffer("bias", None if bias is None else bias.detach().to(torch.int32))
         farthest = max(source.zero_level, source.levels - 1 - source.zero_level)
@@ -138,6 +150,7 @@ def freeze(student: fx.GraphModule) -> fx.GraphModule:
     """
     frozen: Any = copy.deepcopy(student).eval().cpu()
     grids: dict[str, IntegerQuantizer] = {}
+    modules = dict(frozen.named_modules())
     for node in frozen.graph.nodes:
         if node.op != "call_module":
             continue
@@ -146,7 +159,7 @@ def freeze(student: fx.GraphModule) -> fx.GraphModule:
             grids[name] = IntegerQuantizer(module)
             frozen.set_submodule(name, grids[name])
         elif isinstance(module, QuantLayer):
-            source = grids[str(node.args[0].target)]
+            source = grids[grid_of_input(node, modules)]
             kind = IntegerConv2d if isinstance(module, QuantConv2d) else IntegerLinear
             frozen.set_submodule(name, kind(cast("Any", module), name, source))
     carry_facts(student, frozen)

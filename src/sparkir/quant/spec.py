@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import ClassVar, Literal
 
 from sparkir.errors import SparkirError
+from sparkir.quant.targets import TARGETS, Target, TargetName
 
 CARRIER_BITS = 8
 """Bits of tensors that are only added, shuffled or passed through a table, never multiplied."""
@@ -28,13 +29,16 @@ class QuantSpec:
     """2 to 8; per tensor, stored unsigned."""
     first_last_bits: int = 8
     """Bits of the first and last layer's weights and inputs; they see and make the image itself."""
-    activation_grid: Literal["affine", "symmetric"] = "affine"
-    """`affine` fits both ends of the range; `symmetric` keeps zero in the middle (GPU runtimes).
-    A tensor that is never negative starts at zero in either case."""
+    activation_grid: Literal["auto", "affine", "symmetric"] = "auto"
+    """`affine` fits both ends of the range; `symmetric` keeps zero in the middle; `auto` is
+    symmetric at 8 bits for targets that fuse, and at all widths for those that take nothing else. A
+    tensor that is never negative starts at zero, except where there is only int8."""
     learned: Literal["lsq", "pams", "none"] = "lsq"
     """How steps are trained: LSQ (Esser 2020), a clip bound as in PAMS (Li 2020), or not at all."""
     calibration: Literal["mse", "percentile", "minmax"] = "mse"
     """How ranges start: least squared error, the 99.9th percentile, or the extremes."""
+    target: TargetName = "onnxruntime"
+    """Where the network will run; see `targets`."""
 
     def __post_init__(self) -> None:
         """Refuse bit widths that no grid here can hold."""
@@ -42,6 +46,23 @@ class QuantSpec:
             bits = getattr(self, field)
             if not 2 <= bits <= 8:
                 raise SparkirError(f"{field} is {bits}; choose a whole number from 2 to 8")
+        if self.target not in TARGETS:
+            raise SparkirError(f"no target {self.target!r}; known: {', '.join(TARGETS)}")
+        if self.runs_on.int8_only and self.activation_grid == "affine":
+            raise SparkirError(
+                f'{self.runs_on.title} takes symmetric grids only; leave activation_grid at "auto"'
+            )
+
+    @property
+    def runs_on(self) -> Target:
+        """What the target wants."""
+        return TARGETS[self.target]
+
+    def symmetric(self, bits: int) -> bool:
+        """Whether zero sits in the middle of grids of `bits` that hold negative values."""
+        if self.activation_grid == "auto":
+            return self.runs_on.int8_only or (self.runs_on.fuses and bits == CARRIER_BITS)
+        return self.activation_grid == "symmetric"
 
     @property
     def label(self) -> str:

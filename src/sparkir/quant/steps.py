@@ -1,0 +1,118 @@
+"""Steps with which every runtime rounds alike, whatever its order of operations.
+
+Runtimes agree on integers and differ in float32: which factors they multiply first, where they add
+a bias or a zero point, which way they round a tie. None of that can matter if
+
+* the multiplier from a layer's sums to its grid is an odd fraction, 2**k / odd: no sum then comes
+  near a tie (`arithmetic.to_odd_fraction`);
+* additions and products work on steps that are powers of two: all terms are then exact, and so is
+  the sum. Sums of a layer that go on in real values count whole parts of the step of the grid that
+  they reach, 2**15 to a step, for the same reason;
+* a grid that is read as real values is symmetric: no zero point is left to be multiplied out.
+
+Weight steps are learned per channel, so that being off by a percent costs nothing; a power of two
+costs a carrier of 8 bits half a bit at most.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from torch import fx, nn
+
+from sparkir.quant.graph import Tap
+from sparkir.quant.layers import (
+    AbsorbedReLU,
+    Add,
+    Concatenate,
+    Dequantize,
+    Multiply,
+    PassThrough,
+    QuantLayer,
+)
+from sparkir.quant.quantizer import ActivationQuantizer
+
+_MOVES = (Tap, PassThrough, Concatenate)
+
+
+def restrict_steps(prepared: fx.GraphModule) -> None:
+    """Tell every grid and layer of a prepared, uncalibrated network what its steps may be."""
+    modules = dict(prepared.named_modules())
+    calls = [node for node in prepared.graph.nodes if node.op == "call_module"]
+    for node in calls:
+        module = modules[str(node.target)]
+        if isinstance(module, QuantLayer):
+            _restrict_layer(node, module, modules)
+    for node in calls:
+        module = modules[str(node.target)]
+        if isinstance(module, ActivationQuantizer) and module.image_step is None:
+            _restrict_grid(node, module, modules)
+
+
+def _restrict_layer(node: fx.Node, layer: QuantLayer, modules: dict[str, nn.Module]) -> None:
+    grids = {_module(reader, modules) for reader in _readers(node, modules, AbsorbedReLU, Tap)}
+    if len(grids) == 1 and isinstance(grid := grids.pop(), ActivationQuantizer):
+        layer.writes = (grid,)
+    else:
+        layer.flows_to = tuple(_grids_after(node, modules))
+
+
+def _restrict_grid(node: fx.Node, grid: ActivationQuantizer, modules: dict[str, nn.Module]) -> None:
+    made_by = _module(_source(node, modules, AbsorbedReLU, *_MOVES), modules)
+    if isinstance(made_by, ActivationQuantizer) and made_by is not grid:
+        grid.rounds_again = (made_by,)
+    elif not isinstance(made_by, QuantLayer | ActivationQuantizer):
+        grid.power_of_two = True
+    for reader in _readers(node, modules, *_MOVES):
+        module = _module(reader, modules)
+        added = isinstance(module, Dequantize) and any(
+            isinstance(_module(user, modules), Add | Multiply) for user in reader.users
+        )
+        if isinstance(module, Add | Multiply) or added:
+            grid.power_of_two = True
+        if isinstance(module, QuantLayer) and module.flows_to:
+            grid.power_of_two = True
+        if added:
+            grid.symmetric = grid.prefers_int8 = True
+
+
+def _grids_after(node: fx.Node, modules: dict[str, nn.Module]) -> list[ActivationQuantizer]:
+    """The grids met first downstream of `node`."""
+    found, waiting, seen = [], [node], {node}
+    while waiting:
+        for user in waiting.pop().users:
+            module = _module(user, modules)
+            if isinstance(module, ActivationQuantizer):
+                found.append(module)
+            elif user not in seen:
+                seen.add(user)
+                waiting.append(user)
+    return found
+
+
+def grid_of_input(node: fx.Node, modules: dict[str, nn.Module]) -> str:
+    """The name of the quantizer whose grid `node` reads, in a prepared network."""
+    return str(_source(node, modules, *_MOVES).target)
+
+
+def _source(node: fx.Node, modules: dict[str, nn.Module], *through: type[nn.Module]) -> fx.Node:
+    """What made the values that `node` reads."""
+    source = node.all_input_nodes[0]
+    while isinstance(_module(source, modules), through):
+        source = source.all_input_nodes[0]
+    return source
+
+
+def _readers(
+    node: fx.Node, modules: dict[str, nn.Module], *through: type[nn.Module]
+) -> Iterator[fx.Node]:
+    """Who reads the values that `node` makes."""
+    for user in node.users:
+        if isinstance(_module(user, modules), through):
+            yield from _readers(user, modules, *through)
+        else:
+            yield user
+
+
+def _module(node: fx.Node, modules: dict[str, nn.Module]) -> nn.Module | None:
+    return modules.get(str(node.target)) if node.op == "call_module" else None

@@ -1,0 +1,86 @@
+"""Every architecture, at every width, for every target, executed by the runtime it is for."""
+
+import pytest
+import torch
+from exported import Deployed, deploy, images
+
+from sparkir.deploy.parity import check_parity
+from sparkir.errors import SparkirError
+from sparkir.models.registry import available
+from sparkir.quant.prepare import placement_of
+from sparkir.quant.spec import QuantSpec
+
+pytestmark = pytest.mark.usefixtures("exact_kernels")
+
+NETWORKS = ["srcnn", "dncnn", "edsr", "rfdn"]
+WIDTHS = [(8, 8), (4, 8), (4, 4)]
+TARGETS = ["onnxruntime", "portable", "openvino"]
+
+
+def test_the_matrix_has_every_architecture():
+    assert {*NETWORKS, "edsr-baseline"} == available().keys()
+
+
+@pytest.fixture(params=[(n, *w) for n in NETWORKS for w in WIDTHS], ids=str)
+def case(request) -> tuple[str, int, int]:
+    return request.param
+
+
+@pytest.mark.parametrize("target", TARGETS)
+def test_the_runtime_shows_the_integer_networks_pixels(case, target):
+    found = deploy(*case, target)
+    parity = found.parity
+    assert parity.runtime == ("openvino" if target == "openvino" else "onnxruntime")
+    assert parity.failures == []
+    floats = {"srcnn": 1}.get(case[0], 0)  # the bicubic step
+    assert len(parity.fusion.float_layers) == floats
+    if not any(layer.is_float for layer in parity.layers):
+        assert parity.differing_pixels == 0
+
+
+@pytest.mark.parametrize("bits", [2, 4])
+@pytest.mark.parametrize("target", TARGETS)
+def test_low_bits_unpack_into_the_same_kernels(bits, target):
+    found = deploy("edsr", bits, bits, target)
+    assert found.parity.failures == []
+    assert found.parity.fusion.float_layers == ()
+
+
+@pytest.mark.parametrize("name", ["edsr", "dncnn"])
+@pytest.mark.parametrize("grid", ["affine", "symmetric"])
+def test_one_file_shows_the_same_pixels_in_both_runtimes(name, grid):
+    found = deploy(name, 4, 4, "openvino", grid)
+    assert both(found) == [0, 0]
+
+
+def both(found: Deployed) -> list[int]:
+    torch.manual_seed(1)
+    image = [images(found.facts, 1, 40, 33)]
+    return [
+        check_parity(found.model, found.frozen, image, runtime=runtime).differing_pixels
+        for runtime in ("onnxruntime", "openvino")
+    ]
+
+
+def test_tensorrt_gets_int8_alone():
+    """TensorRT itself cannot run here; its file is executed by ONNX Runtime, for its meaning."""
+    found = deploy("rfdn", 8, 8, "tensorrt")
+    assert found.parity.failures == []
+    zeros = [
+        (t.data_type, list(t.int32_data) + list(t.raw_data))
+        for t in found.model.graph.initializer
+        if t.name.endswith(".zero") and not t.dims
+    ]
+    assert zeros
+    assert all(kind == 3 and not any(content) for kind, content in zeros)  # int8 0
+    assert "fea_conv" in placement_of(found.frozen).left_in_float
+
+
+def test_tensorrt_refuses_zero_points():
+    with pytest.raises(SparkirError, match="takes symmetric grids only"):
+        QuantSpec(target="tensorrt", activation_grid="affine")
+
+
+def test_an_unknown_target_is_named():
+    with pytest.raises(SparkirError, match="no target 'tpu'; known: onnxruntime, portable"):
+        QuantSpec(target="tpu")

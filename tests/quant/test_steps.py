@@ -1,0 +1,90 @@
+"""Steps with which no order of operations makes a difference."""
+
+import itertools
+
+import pytest
+import torch
+from toys import CASES, images
+
+from sparkir.quant.arithmetic import exact_rounding, to_multiple, to_odd_fraction, to_power_of_two
+from sparkir.quant.calibrate import calibrate
+from sparkir.quant.layers import QuantLayer
+from sparkir.quant.prepare import prepare
+from sparkir.quant.quantizer import ActivationQuantizer
+from sparkir.quant.reference import freeze
+from sparkir.quant.spec import QuantSpec
+
+ANY_ORDER = ["portable", "openvino"]
+
+
+def test_powers_of_two_are_exact_and_near():
+    scale = torch.logspace(-9, 9, 4001, base=2, requires_grad=True)
+    power = to_power_of_two(scale)
+    assert torch.equal(power.frexp().mantissa, torch.full_like(power, 0.5))
+    assert ((power / scale).log2().abs() <= 0.5 + 1e-6).all()
+    power.sum().backward()
+    torch.testing.assert_close(scale.grad, (power / scale).detach())
+
+
+def test_multiples_are_exact_and_never_nothing():
+    scale, unit = torch.tensor([1e-9, 0.1, 0.30000001, 7.0]), torch.tensor(2.0**-10)
+    multiple = to_multiple(scale, unit)
+    assert torch.equal((multiple / unit).round(), multiple / unit)
+    assert multiple[0] == unit
+    assert ((multiple - scale)[1:].abs() <= unit / 2).all()
+
+
+def test_odd_fractions_keep_every_sum_away_from_ties():
+    """Against whole-number arithmetic: the distance of sums * 2**k / odd to the nearest tie."""
+    for ratio in torch.logspace(-13, 2, 200, base=2):
+        fraction = float(to_odd_fraction(ratio).double())
+        power = next(p for p in (2**k for k in range(12)) if p / fraction >= 127.5)
+        odd = round(power / fraction)
+        assert odd % 2 == 1
+        assert power == 1 or odd < 260
+        assert float(torch.tensor(power / odd, dtype=torch.float64).float()) == fraction
+        assert abs(fraction / float(ratio) - 1) < 0.009
+        nearest = min(abs(2 * s * power % (2 * odd) - odd) for s in range(-500, 500))
+        assert nearest >= 1  # in halves of 1 / odd
+
+
+@pytest.mark.parametrize(("case", "target"), list(itertools.product(CASES, ANY_ORDER)))
+def test_training_computes_the_integer_network_bit_for_bit(case, target):
+    """No rounding is left that training would have to do faster and otherwise."""
+    torch.manual_seed(0)
+    network = CASES[case].network()
+    student = prepare(network, QuantSpec(weight_bits=4, activation_bits=4, target=target))
+    calibrate(student, [images(network)])
+    frozen = freeze(student.eval())
+    image = images(network, 1, 20, 28)
+    with torch.no_grad():
+        expected = frozen(image)
+        assert torch.equal(student(image), expected)
+        with exact_rounding(False):
+            assert torch.equal(student(image), expected)
+        assert torch.equal(student.train()(image), expected)
+
+
+@pytest.mark.parametrize("target", ANY_ORDER)
+def test_every_step_is_restricted_as_its_reader_needs(target):
+    torch.manual_seed(0)
+    network = CASES["residual"].network()
+    student = prepare(network, QuantSpec(target=target))
+    calibrate(student, [torch.rand(2, 3, 24, 24)])
+    for module in student.modules():
+        if isinstance(module, QuantLayer):
+            assert bool(module.writes) != bool(module.flows_to)
+        if isinstance(module, ActivationQuantizer) and module.power_of_two:
+            assert float(module.scale().detach().frexp().mantissa) == 0.5
+    loose = [m for m in student.modules() if isinstance(m, QuantLayer) and m.flows_to]
+    assert bool(loose) == (target == "openvino")
+
+
+def test_without_such_a_target_steps_are_free():
+    student = prepare(CASES["residual"].network(), QuantSpec())
+    for module in student.modules():
+        if isinstance(module, QuantLayer):
+            assert module.writes is None
+            assert not module.flows_to
+        if isinstance(module, ActivationQuantizer):
+            assert not module.power_of_two
