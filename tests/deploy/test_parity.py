@@ -202,7 +202,7 @@ def test_a_fault_in_one_image_is_not_covered_by_another(dncnn, monkeypatch, bad_
         found = found or {"differing": 5, "total": 10**6, "largest": 1}
         return [LayerParity(name="sum", is_layer=False, **found)]
 
-    monkeypatch.setattr(parity_module, "_teacher_forced", scripted)
+    monkeypatch.setattr(parity_module, "teacher_forced", scripted)
     pictures = [images(dncnn.facts, 1, 24, width) for width in (24, 25)]
     parity = check_parity(dncnn.model, dncnn.frozen, pictures)
     assert parity.failures == ["sum differs in 1 of 1000 values, by up to 7 levels"]

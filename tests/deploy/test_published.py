@@ -91,9 +91,10 @@ def test_the_file_shows_the_integer_networks_pixels(frozen, set5):
 
 @pytest.mark.data
 @pytest.mark.usefixtures("exact_kernels")
-@pytest.mark.parametrize(("target", "bits"), [("portable", 8), ("portable", 4), ("openvino", 4)])
+@pytest.mark.parametrize("target", ["portable", "openvino"])
+@pytest.mark.parametrize("bits", [8, 4])
 def test_no_order_of_operations_matters(rfdn, set5, development_data, target, bits):
-    """OpenVINO and ONNX Runtime on real photographs: nothing but the interpolation may differ."""
+    """OpenVINO and ONNX Runtime on real photographs: not one value differs."""
     crops = [crop(path) for path in small_images(development_data)[:8]]
     student = prepare(rfdn, QuantSpec(weight_bits=bits, activation_bits=bits, target=target))
     calibrate(student, [torch.stack(crops)])
@@ -102,6 +103,5 @@ def test_no_order_of_operations_matters(rfdn, set5, development_data, target, bi
     runtime = "openvino" if target == "openvino" else "onnxruntime"
     network = RuntimeNetwork(model.SerializeToString(), runtime=runtime)
     assert fusion_of(model, runtime).float_layers == ()
-    for lq, _ in set5[1:3]:
-        levels = np.abs(restore_image(network, lq).astype(int) - restore_image(frozen, lq))
-        assert (levels > 0).mean() <= 1e-3
+    for lq, _ in set5:
+        np.testing.assert_array_equal(restore_image(network, lq), restore_image(frozen, lq))

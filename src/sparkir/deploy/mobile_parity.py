@@ -19,7 +19,7 @@ from torch import Tensor, fx
 from sparkir.deploy.decomposed import INT8
 from sparkir.deploy.delegation import Delegation
 from sparkir.deploy.executorch import ExecuTorchSession, MobileProgram, to_executorch
-from sparkir.deploy.parity import LayerParity, _teacher_forced
+from sparkir.deploy.parity import LayerParity, teacher_forced
 from sparkir.deploy.qdq import grid_calls
 from sparkir.errors import SparkirError
 from sparkir.models.facts import facts_of
@@ -81,7 +81,7 @@ def check_mobile_parity(
     grids: dict[str, LayerParity] = {}
     levels = []
     for image in images:
-        for found in _teacher_forced(frozen, image, _grids_of(shown, frozen, image)):
+        for found in teacher_forced(frozen, image, _grids_of(shown, frozen, image)):
             grids[found.name] = _summed(grids[found.name], found) if found.name in grids else found
         levels.append(_levels_between(plain, frozen, image))
     off = torch.cat(levels)

@@ -115,7 +115,7 @@ def check_parity(
     for image in images:
         _, *stored = session.run(image.numpy())
         bytes_of = dict(zip(names, stored, strict=True))
-        for layer in _teacher_forced(frozen, image, bytes_of):
+        for layer in teacher_forced(frozen, image, bytes_of):
             worst[layer.name] = max(
                 worst.get(layer.name, layer),
                 layer,
@@ -231,9 +231,10 @@ class _TeacherForced(fx.Interpreter):
         return node
 
 
-def _teacher_forced(
+def teacher_forced(
     frozen: fx.GraphModule, image: Tensor, stored: dict[str, np.ndarray]
 ) -> list[LayerParity]:
+    """Every grid, computed from the runtime's own values `stored`, beside what it made of them."""
     interpreter = _TeacherForced(frozen, stored)
     with torch.inference_mode():
         interpreter.run(image)

@@ -105,10 +105,12 @@ class _RoundToGrid(torch.autograd.Function):
         low: float,
         high: float,
         divide: bool,
+        shift: float,
     ) -> Tensor:
         exact = x / step if divide else x * step
         inside = (exact >= low) & (exact <= high)
-        ints = exact.round_().clamp_(low, high)
+        rounded = (exact + shift).round_().sub_(shift) if shift else exact.round_()
+        ints = rounded.clamp_(low, high)
         ctx.save_for_backward(
             x if ctx.needs_input_grad[1] else None,
             ints if ctx.needs_input_grad[2] else None,
@@ -131,7 +133,7 @@ class _RoundToGrid(torch.autograd.Function):
             to_step = -total / step.square() if ctx.divide else total
         if ctx.needs_input_grad[2]:
             to_own = -_sum_to(passed * ints, own.shape) / own
-        return to_x, to_step, to_own, None, None, None
+        return to_x, to_step, to_own, None, None, None, None
 
 
 def _sum_to(x: Tensor, shape: torch.Size) -> Tensor:
@@ -147,12 +149,14 @@ def round_to_grid(
     high: float,
     divide: bool = False,
     own: Tensor | None = None,
+    shift: float = 0.0,
 ) -> Tensor:
     """Whole numbers clamp(round(x * step), low, high), or x / step with `divide`.
 
-    Half rounds to even. `step` and `own` broadcast against x. See `_RoundToGrid` for gradients.
+    Half rounds to even, after `shift` has been added in float32. `step` and `own` broadcast
+    against x. See `_RoundToGrid` for gradients.
     """
-    result: Tensor = _RoundToGrid.apply(x.float(), step, own, low, high, divide)
+    result: Tensor = _RoundToGrid.apply(x.float(), step, own, low, high, divide, shift)
     return result
 
 
@@ -193,6 +197,7 @@ def quantize(
     levels: int,
     exact: bool,
     clip_only: bool = False,
+    shift_reals: bool = False,
 ) -> Quantized:
     """Put a value on the grid (scale, zero) of stored bytes 0 .. levels - 1.
 
@@ -205,9 +210,12 @@ def quantize(
         exact: follow the runtime's rounding of additions and products to the last bit. Costs
             float64 passes, so training rounds in float32: one element in 200,000 differs, by one.
         clip_only: PAMS gradients instead of LSQ's.
+        shift_reals: add the zero point to real values before they are rounded, as runtimes do that
+            fuse; float32 then rounds the last bits away.
     """
     low, high = float(-zero_level), float(levels - 1 - zero_level)
     own, used = (scale, scale.detach()) if clip_only else (None, scale)
+    shift = 0.0
     match value:
         case Quantized() if value.scale is scale:
             return value
@@ -228,7 +236,8 @@ def quantize(
             x, step, divide = a.ints * b.ints, (a.scale * b.scale) / used, False
         case _:
             x, step, divide = value, used, True
-    ints = round_to_grid(x, step, low=low, high=high, divide=divide, own=own)
+            shift = float(zero_level) if shift_reals else 0.0
+    ints = round_to_grid(x, step, low=low, high=high, divide=divide, own=own, shift=shift)
     return Quantized(ints, scale, zero)
 
 

@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
 from sparkir.errors import SparkirError
+from sparkir.quant.interpolate import ExactBilinear
 
 
 class Kind(Enum):
@@ -77,6 +78,7 @@ REASONS: dict[Any, str] = {
     nn.BatchNorm2d: "fold it into its convolution first",
     nn.Softmax: "an exponential needs more than 8 bits",
     F.interpolate: "interpolation makes values between grid points",
+    ExactBilinear: "interpolation makes values between grid points",
     operator.sub: "ONNX Runtime has no integer subtraction",
     torch.sub: "ONNX Runtime has no integer subtraction",
     F.conv2d: "its weights are constants, not a layer's",
@@ -245,6 +247,13 @@ def _kind(node: fx.Node, network: fx.GraphModule, kinds: Mapping[fx.Node, Kind])
     if kind is Kind.PASS and len(node.all_input_nodes) != 1:
         return Kind.FLOAT
     return kind
+
+
+def is_transcendental(node: fx.Node, network: fx.GraphModule) -> bool:
+    """Whether an operation is a function that no two libraries compute alike."""
+    if node.op == "call_module":
+        return isinstance(network.get_submodule(str(node.target)), nn.Sigmoid)
+    return node.target in (torch.sigmoid, F.sigmoid, "sigmoid")
 
 
 def reason_for_float(node: fx.Node, network: fx.GraphModule) -> str:

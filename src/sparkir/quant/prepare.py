@@ -23,10 +23,12 @@ from sparkir.quant.graph import (
     Kind,
     classify,
     dimension_of,
+    is_transcendental,
     parts_of,
     reason_for_float,
     trace,
 )
+from sparkir.quant.interpolate import make_interpolation_exact
 from sparkir.quant.layers import (
     AbsorbedReLU,
     Add,
@@ -107,6 +109,8 @@ def prepare(network: nn.Module, spec: QuantSpec) -> fx.GraphModule:
     """
     facts = facts_of(network)
     module = trace(copy.deepcopy(network), facts.taps)
+    if spec.runs_on.any_order:
+        make_interpolation_exact(module)
     side = example_px(facts, at_least=EXAMPLE_PX)
     example = torch.rand(1, facts.channels, side, side) * facts.value_range
     for parameter in network.parameters():
@@ -136,6 +140,8 @@ class _Plan:
         if spec.runs_on.int8_only:
             self.seeing_the_image = self._reached_layers(Kind.INPUT)
             self.kinds = kinds | dict.fromkeys(self.seeing_the_image, Kind.FLOAT)
+        # Runtimes approximate such functions; a grid on either side makes them a table for all.
+        self.from_tables = {n for n in self.tensors if is_transcendental(n, module)}
         self.absorbed: set[fx.Node] = set()
         self.asked: dict[fx.Node, set[_Request]] = {n: set() for n in self.tensors}
         for node in reversed(self.tensors):
@@ -177,7 +183,7 @@ class _Plan:
             case Kind.FLOAT:
                 return _FLOAT
             case _:
-                return _FLOAT if self.fuses else _CARRIER
+                return _FLOAT if self.fuses and node not in self.from_tables else _CARRIER
 
     def grid_of(self, node: fx.Node) -> _Request | None:
         """The grid on which `node`'s result is made; None when it is not on one."""
@@ -193,6 +199,7 @@ class _Plan:
         if asked or node in self.absorbed:
             return _CARRIER
         writes = self.kinds[node] in _WRITES_A_GRID and not self.fuses
+        writes = writes or node in self.from_tables
         return _CARRIER if writes else None
 
     def _can_be_absorbed(self, node: fx.Node) -> bool:

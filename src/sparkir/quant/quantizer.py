@@ -125,6 +125,7 @@ class ActivationQuantizer(nn.Module):
             levels=self.levels,
             exact=not self.training and rounds_exactly(),
             clip_only=self.learned == "pams",
+            shift_reals=self.power_of_two,
         )
 
     def _shares_grid(self, value: Quantized) -> bool:

@@ -36,7 +36,7 @@ class IntegerQuantizer(nn.Module):
         self.register_buffer("scale", quantizer.scale().detach().clone())
         self.register_buffer("zero_point", quantizer.zero_point.clone())
         self.levels, self.zero_level = quantizer.levels, quantizer.zero_level
-        self.signed = quantizer.signed
+        self.signed, self.shift_reals = quantizer.signed, quantizer.power_of_two
 
     def forward(self, value: Value) -> Quantized:
         """Round `value` to the grid."""
@@ -49,6 +49,7 @@ class IntegerQuantizer(nn.Module):
             zero_level=self.zero_level,
             levels=self.levels,
             exact=True,
+            shift_reals=self.shift_reals,
         )
 
     @property

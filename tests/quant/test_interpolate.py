@@ -1,0 +1,56 @@
+"""Bilinear interpolation in numbers that are exact."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from sparkir.models.facts import ModelFacts
+from sparkir.quant.interpolate import ExactBilinear
+from sparkir.quant.prepare import placement_of, prepare
+from sparkir.quant.spec import QuantSpec
+
+SIZES = [((10, 9), (70, 61)), ((3, 5), (3, 5)), ((1, 4), (9, 8)), ((12, 12), (5, 7))]
+
+
+@pytest.mark.parametrize(("small", "large"), SIZES)
+def test_it_is_torchs_but_for_weights_of_1_in_128(small, large):
+    x = torch.rand(2, 3, *small)
+    expected = F.interpolate(x, size=large, mode="bilinear", align_corners=False)
+    assert (ExactBilinear()(x, *large) - expected).abs().max() <= 2 / 256 + 1e-6
+
+
+@pytest.mark.parametrize(("small", "large"), SIZES)
+def test_it_is_exact_on_whole_numbers(small, large):
+    x = torch.randint(0, 256, (1, 2, *small)).float()
+    exact = ExactBilinear()(x.double(), *large)
+    assert torch.equal(ExactBilinear()(x, *large).double(), exact)
+
+
+class Resizes(nn.Module):
+    facts = ModelFacts(name="resizes", scale=1, channels=3, value_range=1.0, taps=(), halo_px=9)
+
+    def __init__(self, **words) -> None:
+        super().__init__()
+        self.head, self.tail, self.words = nn.Conv2d(3, 4, 3, 2, 1), nn.Conv2d(4, 3, 1), words
+
+    def forward(self, x):
+        small = self.head(x)
+        return self.tail(F.interpolate(small, size=(x.size(2), x.size(3)), **self.words))
+
+
+@pytest.mark.parametrize(
+    ("target", "words", "exact"),
+    [
+        ("openvino", {"mode": "bilinear"}, True),
+        ("portable", {"mode": "bilinear", "align_corners": False}, True),
+        ("onnxruntime", {"mode": "bilinear"}, False),
+        ("openvino", {"mode": "bilinear", "align_corners": True}, False),
+        ("openvino", {"mode": "nearest"}, False),
+    ],
+)
+def test_targets_of_any_order_get_it(target, words, exact):
+    student = prepare(Resizes(**words), QuantSpec(target=target))
+    assert any(isinstance(m, ExactBilinear) for m in student.modules()) is exact
+    (reason,) = placement_of(student).left_in_float.values()
+    assert reason == "interpolation makes values between grid points"
