@@ -21,6 +21,7 @@ PATH = [
     "train",
     "deploy",
     "report",
+    "restore",
 ]
 # These stand above all folders and wire them.
 ABOVE = {"cli", "run", "recipe", "assemble", "measure", "tools"}

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import nn
 
-from helpers import IN_FLOAT, load_image, photo, save_image, write_recipe
+from helpers import IN_FLOAT, photo, save_image, write_recipe
 from sparkir import assemble, recipe
 from sparkir.assemble import convention, silent, weighting_of
 from sparkir.data.pairs import PatchSampler
@@ -23,7 +23,8 @@ from sparkir.models.registry import build
 from sparkir.quant.arithmetic import rounds_exactly
 from sparkir.recipe import WeightingChoice
 from sparkir.spark.weighting import Confidence, SparkPaper, weightings
-from sparkir.tools import Opened, evaluation_setup, open_model, restore_files
+from sparkir.restore.engine import Engine
+from sparkir.tools import Opened, evaluation_setup, open_model, restorer_of
 
 pytest_plugins = ["helpers"]
 
@@ -141,61 +142,23 @@ def test_convention(space, scale, crop_px):
     assert (made.space, made.crop_px) == (space, crop_px)
 
 
-# Which files are made -------------------------------------------------------------------------
+# What restores --------------------------------------------------------------------------------
 
 
-def test_a_folder_is_restored_image_by_image(project, edsr):
-    events = []
-    made, failed = restore_files(edsr, project / "test", project / "out", events.append)
-    assert made == [project / "out/c.png", project / "out/d.png"]
-    assert failed == []
-    assert [(e["done"], e["total"], e["name"]) for e in events] == [
-        (1, 2, "c.png"),
-        (2, 2, "d.png"),
-    ]
-    assert load_image(made[0]).shape == (128, 160, 3)
+def test_a_torch_network_restores_as_it_is_measured(project, edsr):
+    """The tiler's numpy path against the torch one."""
+    image = photo(37, 50, 3)
+    assert np.array_equal(Engine(restorer_of(edsr))(image), restore_image(edsr.network, image))
 
 
-@pytest.mark.parametrize(
-    ("target", "made"), [("x.png", "x.png"), ("x.PNG", "x.PNG"), ("x", "x/c.png"), (".", "c.png")]
-)
-def test_where_one_image_goes(project, edsr, target, made):
-    files, _ = restore_files(edsr, project / "test/c.png", project / target, silent)
-    assert files == [project / made]
-    assert load_image(project / made).shape == (128, 160, 3)
-
-
-def test_an_image_that_the_network_cannot_take_is_left_out(project):
-    class NeedsLarge(nn.Module):
-        facts = ModelFacts(
-            name="large",
-            scale=1,
-            channels=3,
-            value_range=1.0,
-            taps=(),
-            halo_px=0,
-            min_size_px=66,
-        )
-
-        def forward(self, x: torch.Tensor) -> torch.Tensor:
-            return x
-
-    opened = Opened(network=NeedsLarge(), label="large")
-    made, failed = restore_files(opened, project / "test", project / "out", silent)
-    assert [path.name for path in made] == ["d.png"]
-    (message,) = failed
-    assert message.startswith("c.png: large needs images of at least 66 x 66 px")
-
-
-def test_the_images_that_are_read_are_never_replaced(project, edsr):
-    before = (project / "test/c.png").read_bytes()
-    (project / "link").symlink_to(project / "test")
-    for target in (project / "test", project / "link"):
-        with pytest.raises(SparkirError, match="would replace the image it is made from"):
-            restore_files(edsr, project / "test", target, silent)
-    with pytest.raises(SparkirError, match="would replace the image it is made from"):
-        restore_files(edsr, project / "test/c.png", project / "test/c.png", silent)
-    assert (project / "test/c.png").read_bytes() == before
+def test_a_network_is_known_by_what_it_computes(project, edsr):
+    same = open_model("edsr", project / "teacher.safetensors", OPTIONS)
+    weaker = open_model("edsr", project / "teacher.safetensors", OPTIONS | {"res_scale": 0.5})
+    assert restorer_of(same).identity == restorer_of(edsr).identity
+    assert restorer_of(weaker).identity != restorer_of(edsr).identity
+    with torch.no_grad():
+        same.network.tail[1].bias[0] += 1e-3
+    assert restorer_of(same).identity != restorer_of(edsr).identity
 
 
 # From words to objects ------------------------------------------------------------------------

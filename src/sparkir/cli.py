@@ -32,6 +32,7 @@ from sparkir.errors import SparkirError
 
 if TYPE_CHECKING:
     from sparkir.recipe import Recipe
+    from sparkir.restore.network import Restorer
     from sparkir.run import Outcome
 
 app = typer.Typer(
@@ -153,21 +154,69 @@ def evaluate(
 @app.command()
 def restore(
     model: Model,
-    source: Annotated[Path, typer.Argument(metavar="IN", help="An image or a folder of them.")],
-    target: Annotated[Path, typer.Argument(metavar="OUT", help="A .png file, or a folder.")],
+    source: Annotated[
+        Path,
+        typer.Argument(
+            metavar="IN", help="An image, a folder of them, or a quoted pattern: 'a/**/*.jpg'."
+        ),
+    ],
+    target: Annotated[
+        Path,
+        typer.Argument(metavar="OUT", help="A file (.png .tif .jpg .webp), or a folder."),
+    ],
     weights: Weights = None,
     option: Options = None,
+    memory: Annotated[
+        str | None,
+        typer.Option(help="What restoring may use, such as 2GB. Default: half of what is free."),
+    ] = None,
+    runtime: Annotated[
+        str | None,
+        typer.Option(help="onnxruntime (the default) or openvino, for an exported file."),
+    ] = None,
+    suffix: Annotated[
+        str | None,
+        typer.Option("--format", help="png, tif, jpg or webp, where OUT is a folder."),
+    ] = None,
+    overwrite: Annotated[
+        bool, typer.Option("--overwrite", help="Make finished files again; replace any other.")
+    ] = False,
+    max_pixels: Annotated[
+        int | None,
+        typer.Option(min=1, help="Refuse images of more pixels. Default: 178,956,970."),
+    ] = None,
 ) -> None:
-    """Restore an image, or a folder of images, to PNG."""
-    from sparkir.tools import open_model, restore_files
+    """Restore an image, or many: of any size and mode, in tiles that fit the memory.
 
-    opened = open_model(model, weights, _parse_options(option))
+    Transparency, 16 bits, colour profile and EXIF are kept. Files that the same model has finished
+    are skipped. An exported .onnx needs no torch.
+    """
+    from sparkir.restore.files import restore_files
+    from sparkir.restore.memory import parse_bytes
+    from sparkir.restore.pictures import MAX_PIXELS
+
+    memory_bytes = None if memory is None else parse_bytes(memory)
+    restorer = _restorer(model, weights, option, runtime)
     with _display() as shown:
-        made, failed = restore_files(opened, source, target, shown)
-    _say(escape(f"{len(made)} restored with {opened.label}, in {target}"))
-    for message in failed:
+        outcome = restore_files(
+            restorer,
+            source,
+            target,
+            shown,
+            memory_bytes=memory_bytes,
+            max_pixels=max_pixels or MAX_PIXELS,
+            overwrite=overwrite,
+            suffix=None if suffix is None else f".{suffix.removeprefix('.')}",
+        )
+    if outcome.finished:
+        _say(
+            f"{len(outcome.finished)} skipped: this model has finished them already; "
+            "--overwrite makes them again"
+        )
+    _say(escape(f"{len(outcome.made)} restored with {restorer.label}, in {target}"))
+    for message in outcome.failed:
         _say(f"[yellow]left out:[/] {escape(message)}", to=err)
-    if failed:
+    if outcome.failed:
         sys.exit(1)
 
 
@@ -273,6 +322,29 @@ def _parse_options(texts: list[str] | None) -> dict[str, Any]:
         raise SparkirError(f"--option takes name=value, such as scale=4: {error}") from error
 
 
+def _restorer(
+    model: str, weights: Path | None, options: list[str] | None, runtime: str | None
+) -> Restorer:
+    """Open a model to restore with; an exported file, or a run's, without torch."""
+    path = Path(model)
+    if (path / "student.onnx").is_file() and (path / "student.safetensors").is_file():
+        path = path / "student.onnx"
+    if path.suffix == ".onnx" and weights is None and not options:
+        from sparkir.restore.network import open_exported
+
+        return open_exported(path, runtime or "onnxruntime")
+    if runtime is not None:
+        raise SparkirError(f"--runtime is for an exported .onnx file, and {model} is none")
+    try:
+        from sparkir.tools import open_model, restorer_of
+    except ModuleNotFoundError as error:
+        raise SparkirError(
+            f"{model} needs {error.name}, which is not installed; without it only an exported "
+            ".onnx can be used. Install sparkir with its dependencies"
+        ) from error
+    return restorer_of(open_model(model, weights, _parse_options(options)))
+
+
 def _default_folder(name: str, *, resume: bool) -> Path:
     """runs/NAME, numbered if it is taken; with `resume`, the newest that exists."""
     base, number = Path("runs") / name, 1
@@ -324,6 +396,10 @@ class _Display:
 
     def _on_restored(self, event: dict[str, Any]) -> None:
         self._show("restoring", event["done"], event["total"], event["name"])
+
+    def _on_tile(self, event: dict[str, Any]) -> None:
+        note = f"{event['name']}: tile {event['part']} of {event['parts']}"
+        self._show("restoring", event["done"], event["total"], note)
 
     def _on_warning(self, event: dict[str, Any]) -> None:
         _say(f"[yellow]warning:[/] {escape(event['message'])}", to=err)

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, cast
 
+import numpy as np
+import torch
 from torch import nn
 from torch.fx import GraphModule
 
@@ -19,13 +22,12 @@ from sparkir.assemble import (
     open_pairs,
     quantize_student,
 )
-from sparkir.data.images import check_stems, find_images, read_image, write_png
 from sparkir.data.pairs import PairStore
 from sparkir.deploy.onnx import to_onnx, write_model
 from sparkir.deploy.parity import Parity, check_parity, require_parity
 from sparkir.deploy.runtime import RuntimeNetwork
 from sparkir.errors import SparkirError
-from sparkir.evaluate.infer import restore_image
+from sparkir.evaluate.infer import device_of, evaluating
 from sparkir.evaluate.metrics import Convention
 from sparkir.measure import parity_images
 from sparkir.models.checkpoint import load_weights
@@ -34,6 +36,7 @@ from sparkir.models.registry import available, build
 from sparkir.quant.prepare import placement_of
 from sparkir.quant.reference import freeze
 from sparkir.recipe import Data, Recipe, load
+from sparkir.restore.network import Restorer
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -134,49 +137,35 @@ def evaluation_setup(
     return open_pairs(data, where, report), convention("y" if space == "y" else "rgb", facts.scale)
 
 
-def restore_files(
-    opened: Opened, source: Path, target: Path, report: Report
-) -> tuple[list[Path], list[str]]:
-    """Restore one image or a folder of them to PNG; (files made, messages of those left out).
+def restorer_of(opened: Opened) -> Restorer:
+    """An opened model as a function of pixels, on the device of its weights."""
+    network = opened.network
+    device = device_of(network)
 
-    Raises:
-        SparkirError: the source is missing or empty, the target cannot be used, or the only
-            image is unreadable.
-    """
-    made: list[Path] = []
-    failed: list[str] = []
-    jobs = _jobs(source, target)
-    for image, result in jobs:
-        if result.exists() and result.samefile(image):
-            raise SparkirError(
-                f"{result} would replace the image it is made from; choose another OUT"
-            )
-    for done, (image, result) in enumerate(jobs, 1):
-        try:
-            write_png(result, restore_image(opened.network, read_image(image)))
-            made.append(result)
-        except SparkirError as error:
-            if len(jobs) == 1:
-                raise
-            failed.append(f"{image.name}: {error}")
-        report({"kind": "restored", "done": done, "total": len(jobs), "name": image.name})
-    return made, failed
+    def run(lq: np.ndarray) -> np.ndarray:
+        with evaluating(network), torch.inference_mode():
+            restored: torch.Tensor = network(torch.from_numpy(lq).to(device))
+            return restored.float().cpu().numpy()
+
+    return Restorer(
+        facts=facts_of(network), run=run, label=opened.label, identity=_hash_of(network)
+    )
 
 
-def _jobs(source: Path, target: Path) -> list[tuple[Path, Path]]:
-    if source.is_dir():
-        if target.is_file():
-            raise SparkirError(f"{target} is a file; for a folder of images give a folder")
-        images = find_images(source)
-        check_stems(images)
-        return [(image, target / f"{image.stem}.png") for image in images]
-    if not source.exists():
-        raise SparkirError(f"no image or folder at {source}; check the path")
-    if target.suffix and not target.is_dir():
-        if target.suffix.lower() != ".png":
-            raise SparkirError(f"images are written as PNG, not {target.suffix}; rename {target}")
-        return [(source, target)]
-    return [(source, target / f"{source.stem}.png")]
+def _hash_of(network: nn.Module) -> str:
+    """A hash of a network's facts, its modules and their settings, and all its numbers."""
+    known = hashlib.sha256(repr((facts_of(network), str(network))).encode())
+    for name, module in network.named_modules():
+        settings = [
+            f"{name}.{key}={value}"
+            for key, value in sorted(vars(module).items())
+            if isinstance(value, bool | int | float | str) and key != "training"
+        ]
+        known.update("\n".join(settings).encode())
+    for name, tensor in sorted(network.state_dict().items()):
+        known.update(name.encode())
+        known.update(tensor.detach().cpu().flatten().contiguous().view(torch.uint8).numpy())
+    return known.hexdigest()[:16]
 
 
 def export_run(

@@ -9,7 +9,7 @@ from functools import lru_cache
 from typing import ClassVar, Literal, Protocol, TypeVar, runtime_checkable
 
 import numpy as np
-from jaxtyping import Float64, Int, UInt8
+from jaxtyping import Float64, Int, UInt, UInt8
 from PIL import Image
 
 from sparkir.errors import SparkirError
@@ -142,19 +142,19 @@ def mod_crop(image: UInt8[np.ndarray, "H W c"], multiple: int) -> UInt8[np.ndarr
 
 
 def bicubic_resize(
-    image: UInt8[np.ndarray, "H W c"],
+    image: UInt[np.ndarray, "H W c"],
     *,
     scale: Fraction | float | int,
     border: Border = "symmetric",
-) -> UInt8[np.ndarray, "h w c"]:
+) -> UInt[np.ndarray, "h w c"]:
     """Resize as MATLAB's ``imresize(image, scale, 'bicubic')`` does, bit for bit.
 
     Cubic convolution (Keys 1981, a = -0.5), stretched by 1 / scale when shrinking (antialiasing),
-    in double precision, rows first, and rounded to uint8 between the two passes as well. The
-    output sides are ``ceil(size * scale)``.
+    in double precision, rows first, and rounded to the image's own whole numbers (uint8 or uint16)
+    between the two passes as well. The output sides are ``ceil(size * scale)``.
 
     Args:
-        image: 0..255.
+        image: 0..255, or 0..65535.
         scale: output size / input size; give `Fraction(1, 3)` rather than 0.333.
         border: what lies outside the image. "symmetric" mirrors it (MATLAB today, and the
             published LR files of Set5); "replicate" repeats the last pixel (older MATLAB, and
@@ -166,15 +166,15 @@ def bicubic_resize(
 
 
 def _resize_rows(
-    image: UInt8[np.ndarray, "H w c"], scale: Fraction | float | int, border: Border
-) -> UInt8[np.ndarray, "h w c"]:
+    image: UInt[np.ndarray, "H w c"], scale: Fraction | float | int, border: Border
+) -> UInt[np.ndarray, "h w c"]:
     """One pass: a weighted sum over the taps of each output row, one tap at a time."""
     rows, weights = _taps(image.shape[0], scale, border)
     total = np.zeros((len(rows), *image.shape[1:]))
     for tap in range(rows.shape[1]):
         total += weights[:, tap, np.newaxis, np.newaxis] * image[rows[:, tap]]
     # Halves go up, as in MATLAB; np.rint would take them to the even neighbour.
-    return np.clip(np.floor(total + 0.5), 0, 255).astype(np.uint8)
+    return np.clip(np.floor(total + 0.5), 0, np.iinfo(image.dtype).max).astype(image.dtype)
 
 
 @lru_cache(maxsize=256)

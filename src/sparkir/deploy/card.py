@@ -5,9 +5,18 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
+from typing import cast
 
 from sparkir.errors import SparkirError
 from sparkir.models.facts import ModelFacts
+
+# The facts that are not whole numbers.
+_TYPES: dict[str, tuple[type, ...]] = {
+    "name": (str,),
+    "luma_range": (str,),
+    "taps": (list,),
+    "value_range": (float, int),
+}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -39,8 +48,9 @@ def read_card(metadata: Mapping[str, str], name: str) -> Card:
         raise SparkirError(f"{name} does not say its scale and value range; export it with sparkir")
     try:
         values = json.loads(metadata["facts"])
+        _check_types(values)
         facts = ModelFacts(**values | {"taps": tuple(values["taps"])})
-    except (ValueError, TypeError, LookupError) as error:
+    except (ValueError, TypeError, LookupError, RecursionError) as error:
         raise SparkirError(
             f"{name} has a damaged card ({error}); export it again with sparkir"
         ) from error
@@ -49,3 +59,12 @@ def read_card(metadata: Mapping[str, str], name: str) -> Card:
         quantization=metadata.get("quantization", ""),
         recipe=metadata.get("recipe", ""),
     )
+
+
+def _check_types(values: Mapping[str, object]) -> None:
+    """Raise TypeError for a value that a computation would stumble over only later."""
+    for field, value in values.items():
+        if type(value) not in _TYPES.get(field, (int,)):
+            raise TypeError(f"{field} is {value!r}")
+    if not all(isinstance(tap, str) for tap in cast("list[object]", values["taps"])):
+        raise TypeError("taps are not all names")

@@ -45,18 +45,24 @@ class ModelFacts:
     halo_px: int
     """Input pixels around a tile that its output pixels need to come out as in the whole image."""
 
+    tile_phase_px: int = 1
+    """The corners of tiles must be multiples of this, for networks that compute on a coarse grid:
+    tiles whose grids coincide with the whole image's come out as the whole image does."""
+
     luma_range: Literal["full", "studio"] = "full"
     """What the channel of a 1-channel network is: BT.601 luma over 0..255, or over 16..235."""
 
     def __post_init__(self) -> None:
         """Refuse facts that no network can have, before they turn into wrong pictures."""
-        for field in ("scale", "size_multiple", "min_size_px"):
+        for field in ("scale", "size_multiple", "min_size_px", "tile_phase_px"):
             if getattr(self, field) < 1:
                 raise SparkirError(f"facts of {self.name!r}: {field} must be at least 1")
         if self.channels not in (1, 3):
             raise SparkirError(f"facts of {self.name!r}: channels must be 1 (luma) or 3 (RGB)")
         if self.value_range not in (1.0, 255.0):
             raise SparkirError(f"facts of {self.name!r}: value_range must be 1.0 or 255.0")
+        if self.luma_range not in ("full", "studio"):
+            raise SparkirError(f"facts of {self.name!r}: luma_range must be full or studio")
         if self.halo_px < 0:
             raise SparkirError(f"facts of {self.name!r}: halo_px must not be negative")
 

@@ -1,0 +1,1 @@
+"""Whole picture files through a network: tiles, memory, formats. Imports no torch."""

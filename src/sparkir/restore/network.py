@@ -1,0 +1,182 @@
+"""A network as a function of pixels, whatever runs it."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from sparkir.data.degrade import bicubic_resize
+from sparkir.deploy.card import read_card
+from sparkir.deploy.session import RUNTIMES, TITLES, Runtime, open_session
+from sparkir.errors import SparkirError
+from sparkir.models.facts import ModelFacts
+from sparkir.restore.memory import is_allocation_failure
+
+Run = Callable[[np.ndarray], np.ndarray]
+"""(N, C, H, W) float32 in [0, value_range] -> (N, C, sH, sW) float32, not clipped."""
+
+_FULL_RANGE_WEIGHTS = np.array((0.299, 0.587, 0.114))  # BT.601
+_STUDIO_BLACK, _STUDIO_SWING = 16.0, 219.0
+_TRIAL_PX = 16
+
+
+@dataclass(frozen=True, kw_only=True)
+class Restorer:
+    """A network that restores pictures."""
+
+    facts: ModelFacts
+    run: Run
+    label: str
+    """What messages call it."""
+    identity: str
+    """Known by this, its results are found again: a hash of all that decides what it computes."""
+
+    def __call__(self, pixels: np.ndarray) -> np.ndarray:
+        """Restore (h, w, c) uint8 or uint16 to (s*h, s*w, c) float32 in the same levels.
+
+        c is 1 (grey), 2 (grey and alpha), 3 (RGB) or 4 (RGB and alpha). Grey is given to the
+        network as three equal channels and what comes back is its luma; a network of 1 channel
+        restores the luma, and the colours come from the bicubically enlarged picture. Alpha is
+        enlarged bicubically. The result is neither clipped nor rounded.
+
+        16-bit pixels are given to the network at their full precision. An integer network rounds
+        its input to a grid of at most 256 levels, though, so that it sees no more than 8 bits of
+        them; what 16 bits then keep are the steps between its own output levels.
+
+        Raises:
+            SparkirError: the picture is too small for the network, or the network does not do
+                what its card says.
+        """
+        white = np.iinfo(pixels.dtype).max
+        grey, transparent = pixels.shape[2] < 3, pixels.shape[2] % 2 == 0
+        colours = pixels[..., :-1] if transparent else pixels
+        rgb = np.repeat(colours, 3, axis=2) if grey else colours
+        restored = self._luma(rgb) if self.facts.channels == 1 else self._colours(rgb)
+        if grey:
+            restored = (restored @ _FULL_RANGE_WEIGHTS)[..., None].astype(np.float32)
+        levels: np.ndarray = restored * np.float32(white)
+        if not transparent:
+            return levels
+        return np.concatenate([levels, self._enlarged(pixels[..., -1:])], axis=2)
+
+    def _colours(self, rgb: np.ndarray) -> np.ndarray:
+        """(h, w, 3) in levels -> (s*h, s*w, 3) around [0, 1]."""
+        return self._fitted(rgb.astype(np.float32) / np.float32(np.iinfo(rgb.dtype).max))
+
+    def _luma(self, rgb: np.ndarray) -> np.ndarray:
+        """The same by a network of brightness alone; as `evaluate.infer` measures it."""
+        enlarged = self._enlarged(rgb)
+        plane = self._luma_like(rgb)[..., None].astype(np.float32) / 255
+        restored = self._fitted(plane)[..., 0].astype(np.float64) * 255
+        change = restored - self._luma_like(enlarged)
+        if self.facts.luma_range == "studio":
+            change *= 255 / _STUDIO_SWING
+        mixed: np.ndarray = enlarged * (255 / np.iinfo(rgb.dtype).max) + change[..., None]
+        return (mixed / 255).astype(np.float32)
+
+    def _luma_like(self, rgb: np.ndarray) -> np.ndarray:
+        """(h, w, 3) in levels -> (h, w) float64 in 0..255, of the range the network wants."""
+        full: np.ndarray = (rgb * (255 / np.iinfo(rgb.dtype).max)) @ _FULL_RANGE_WEIGHTS
+        if self.facts.luma_range == "full":
+            return full
+        return _STUDIO_BLACK + full * (_STUDIO_SWING / 255)
+
+    def _enlarged(self, pixels: np.ndarray) -> np.ndarray:
+        scale = self.facts.scale
+        return bicubic_resize(pixels, scale=scale, border="replicate") if scale > 1 else pixels
+
+    def _fitted(self, lq: np.ndarray) -> np.ndarray:
+        """(h, w, C) in [0, 1] -> (s*h, s*w, C), whatever sizes and range the network wants."""
+        height, width, channels = lq.shape
+        padded = _padded(lq, self.facts) * np.float32(self.facts.value_range)
+        batch = np.ascontiguousarray(padded.transpose(2, 0, 1)[None], np.float32)
+        restored = self.run(batch)
+        scale = self.facts.scale
+        expected = (1, channels, scale * padded.shape[0], scale * padded.shape[1])
+        if restored.shape != expected:
+            raise SparkirError(
+                f"{self.label}: its card says {channels} channels and x{scale}, but an input of "
+                f"{batch.shape} gives {restored.shape} instead of {expected}; export it again"
+            )
+        image = restored[0].transpose(1, 2, 0)[: scale * height, : scale * width]
+        return np.asarray(image, np.float32) / np.float32(self.facts.value_range)
+
+
+def _padded(lq: np.ndarray, facts: ModelFacts) -> np.ndarray:
+    """Reflect at the bottom and right up to the size multiple, as `models.facts.restore` does."""
+    height, width = lq.shape[:2]
+    bottom, right = -height % facts.size_multiple, -width % facts.size_multiple
+    smallest = max(facts.min_size_px, bottom + 1, right + 1)
+    if min(height, width) < smallest:
+        raise SparkirError(
+            f"{facts.name} needs images of at least {smallest} x {smallest} px, "
+            f"but got {height} x {width}; enlarge or pad the image first"
+        )
+    return np.pad(lq, ((0, bottom), (0, right), (0, 0)), mode="reflect")
+
+
+def open_exported(path: Path, runtime: str = "onnxruntime") -> Restorer:
+    """Open an exported .onnx file in a runtime, and see that it does what its card says.
+
+    Raises:
+        SparkirError: it is missing, damaged, not exported by sparkir, or its card is wrong.
+    """
+    known = next((name for name in RUNTIMES if name == runtime), None)
+    if known is None:
+        raise SparkirError(f"--runtime {runtime!r}: choose one of {', '.join(RUNTIMES)}")
+    session = _Reopening(path, known)
+    restorer = Restorer(
+        facts=read_card(session.metadata, str(path)).facts,
+        run=session,
+        label=f"{path} in {TITLES[known]}",
+        identity=_hash_of(path),
+    )
+    _try_out(restorer, path)
+    return restorer
+
+
+class _Reopening:
+    """A session that starts anew when it got no memory, to give back what it holds."""
+
+    def __init__(self, path: Path, runtime: Runtime) -> None:
+        self.path, self.runtime = path, runtime
+        self.session = open_session(path, runtime=runtime)
+        self.metadata = self.session.metadata
+
+    def __call__(self, lq: np.ndarray) -> np.ndarray:
+        try:
+            return np.asarray(self.session.run(lq)[0])
+        except Exception as error:  # each runtime raises its own, and they share no base
+            if is_allocation_failure(error):
+                del self.session
+                self.session = open_session(self.path, runtime=self.runtime)
+                raise MemoryError(str(error)) from error
+            reason = " ".join(str(error).split())[:300]
+            raise SparkirError(
+                f"{self.path} cannot compute an input of {lq.shape}: {reason}"
+            ) from error
+
+
+def _hash_of(path: Path) -> str:
+    try:
+        with path.open("rb") as file:
+            return hashlib.file_digest(file, "sha256").hexdigest()[:16]
+    except OSError as error:
+        raise SparkirError(f"cannot read {path}: {error.strerror}") from error
+
+
+def _try_out(restorer: Restorer, path: Path) -> None:
+    """Run a small picture through: a card that does not fit shows here, not after an hour."""
+    facts = restorer.facts
+    step = facts.size_multiple
+    side = -(-max(facts.min_size_px, _TRIAL_PX) // step) * step
+    try:
+        restorer(np.zeros((side, side, 3), np.uint8))
+    except MemoryError as error:
+        raise SparkirError(
+            f"{path}: no memory for a trial picture of {side} x {side} px; is its card right?"
+        ) from error
