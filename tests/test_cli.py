@@ -16,6 +16,7 @@ import onnx
 import pytest
 import torch
 
+import sparkir.export
 import sparkir.run
 import sparkir.tools
 import sparkir.train.state
@@ -695,7 +696,7 @@ def test_a_folder_with_one_broken_image_is_restored_but_for_it(project):
         (["run"], ["the run in run is not finished", "--resume"]),
         (["test"], ["test is no run folder"]),
         (["gone"], ["gone is no run folder"]),
-        (["run", "--format", "tflite"], ["no export format 'tflite'", "known: onnx"]),
+        (["run", "--format", "tflite"], ["no export format 'tflite'", "known: onnx, executorch"]),
     ],
 )
 def test_a_mistake_in_what_to_export(refused, project, arguments, says):
@@ -710,9 +711,23 @@ def test_an_export_that_differs_is_not_written(refused, run_copy, monkeypatch):
     weights = next(i for i in model.graph.initializer if i.data_type == onnx.TensorProto.INT8)
     changed = onnx.numpy_helper.to_array(weights) // 2
     weights.CopyFrom(onnx.numpy_helper.from_array(changed, weights.name))
-    monkeypatch.setattr(sparkir.tools, "to_onnx", lambda frozen, metadata: model)
+    monkeypatch.setattr(sparkir.export, "to_onnx", lambda frozen: model)
     says = ["does not match the integer network, so nothing was written", "differs in"]
     refused("export", "run", "--out", "new.onnx", says=says)
+
+
+def test_an_export_that_differs_is_written_if_one_insists_and_says_so(run_copy, monkeypatch):
+    model = onnx.load(run_copy / "student.onnx")
+    weights = next(i for i in model.graph.initializer if i.data_type == onnx.TensorProto.INT8)
+    changed = onnx.numpy_helper.to_array(weights) // 2
+    weights.CopyFrom(onnx.numpy_helper.from_array(changed, weights.name))
+    monkeypatch.setattr(sparkir.export, "to_onnx", lambda frozen: model)
+    said = call("export", "run", "--out", "new.onnx", "--allow-mismatch")
+    assert said.code == 0, said
+    assert "it is NOT what was trained: quantizers_" in said.out
+    words = {p.key: p.value for p in onnx.load("new.onnx").metadata_props}
+    assert "differs in" in words["differs"]
+    assert "**Not what was trained:** quantizers_" in Path("new.md").read_text("utf-8")
 
 
 def test_an_unfinished_run_cannot_be_evaluated(refused, project):
@@ -813,7 +828,7 @@ COMMANDS = {
         "--overwrite",
         "--max-pixels",
     ],
-    "export": ["RUN", "--format", "--out", "--data"],
+    "export": ["RUN", "--format", "--out", "--data", "--allow-mismatch"],
     "check": ["RECIPE", "--set"],
     "models": [],
     "recipes": ["NAME", "--weightings"],

@@ -24,7 +24,7 @@ PATH = [
     "restore",
 ]
 # These stand above all folders and wire them.
-ABOVE = {"cli", "run", "recipe", "assemble", "measure", "tools"}
+ABOVE = {"cli", "run", "recipe", "assemble", "measure", "export", "tools"}
 
 
 def imports_of(file: Path) -> set[str]:

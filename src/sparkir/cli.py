@@ -223,20 +223,25 @@ def restore(
 @app.command()
 def export(
     run_folder: Annotated[Path, typer.Argument(metavar="RUN", help="A run folder.")],
-    to: Annotated[str, typer.Option("--format", help="onnx")] = "onnx",
+    to: Annotated[str, typer.Option("--format", help="onnx or executorch.")] = "onnx",
     file: Annotated[
         Path | None, typer.Option("--out", help="Default: student.onnx in the run.")
     ] = None,
     data: Annotated[
         str | None, typer.Option(help="Images for the parity check. Default: the recipe's test.")
     ] = None,
+    allow_mismatch: Annotated[
+        bool, typer.Option("--allow-mismatch", help="Write it though its pixels differ, marked.")
+    ] = False,
 ) -> None:
     """Write the integer network of a finished run as a file that a runtime executes."""
     from sparkir.tools import export_run
 
     with _display() as shown:
-        path, parity = export_run(run_folder, to, file, data, shown)
-    _say(escape(f"{path} ({path.stat().st_size / 1024:.0f} KiB): {parity.summary()}"))
+        path, said = export_run(run_folder, to, file, data, shown, allow_mismatch=allow_mismatch)
+    _say(escape(f"{path} ({path.stat().st_size / 1024:.0f} KiB)"))
+    for line in said:
+        _say(escape(line))
 
 
 @app.command()

@@ -15,6 +15,7 @@ from sparkir.assemble import Materials, Report, convention_of, quantize_student
 from sparkir.data.degrade import bicubic_resize
 from sparkir.data.pairs import PairStore
 from sparkir.deploy.runtime import RuntimeNetwork
+from sparkir.deploy.session import TITLES
 from sparkir.distill.task import DistillationTask
 from sparkir.evaluate.benchmark import ImageScore, Restorer, evaluate
 from sparkir.evaluate.infer import device_of, restore_image
@@ -29,8 +30,7 @@ from sparkir.report.table import Arithmetic, Row
 from sparkir.spark.weighting import Constant
 
 if TYPE_CHECKING:
-    import onnx
-
+    from sparkir.export import Exported
     from sparkir.run import Trained
 
 _DETAIL_PX = 96
@@ -162,15 +162,15 @@ def training_restorer(student: nn.Module) -> Restorer:
     return restored
 
 
-def runtime_contender(
-    recipe: Recipe, trained: Trained, frozen: GraphModule, model: onnx.ModelProto
-) -> Contender:
-    """The exported file as ONNX Runtime executes it."""
-    content = model.SerializeToString()
+def runtime_contender(recipe: Recipe, trained: Trained, exported: Exported) -> Contender:
+    """The exported file as its runtime executes it."""
+    content = exported.model.SerializeToString()
     return Contender(
         name=row_name(recipe, trained),
         arithmetic="runtime",
-        restorer=RuntimeNetwork(content, facts_of(frozen)),
+        restorer=RuntimeNetwork(
+            content, facts_of(exported.frozen), runtime=exported.parity.runtime
+        ),
         size_bytes=len(content),
     )
 
@@ -205,7 +205,9 @@ def comparison(
     for one in measured:
         if one.row.arithmetic == "training":
             continue  # the integer network shows the same
-        title = one.row.name + (" in ONNX Runtime" if one.row.arithmetic == "runtime" else "")
+        title = one.row.name
+        if one.row.arithmetic == "runtime" and recipe.quant is not None:
+            title += f" in {TITLES[recipe.quant.runs_on.runtime]}"
         score: ImageScore = one.row.scores[0]
         panels.append(
             Panel(

@@ -45,6 +45,8 @@ class Data(_Section):
     """Side of the input crops."""
     batch: Annotated[int, Field(ge=1, strict=True)] = 16
     """Crops per step."""
+    licence: str = ""
+    """Terms of the training images, for the model card."""
     skip_broken: bool = False
     """Leave unreadable images out instead of stopping."""
 

@@ -34,13 +34,13 @@ from sparkir.data.atomic import atomic_file
 from sparkir.data.codec import one_line
 from sparkir.data.images import write_png
 from sparkir.data.pairs import PatchSampler
-from sparkir.deploy.onnx import to_onnx, write_model
-from sparkir.deploy.parity import Parity, check_parity, require_parity
+from sparkir.deploy.parity import Parity
 from sparkir.distill.task import DistillationTask
 from sparkir.errors import SparkirError
 from sparkir.evaluate.benchmark import evaluate, mean
 from sparkir.evaluate.infer import device_of
 from sparkir.evaluate.metrics import Convention
+from sparkir.export import export_onnx, measured_words
 from sparkir.measure import (
     baselines,
     comparison,
@@ -318,27 +318,27 @@ def _finish(
     save_student(recipe, own.student, files["student"])
     contenders = baselines(recipe, materials)
     contenders += [c for method in trained for c in trained_contenders(recipe, method)]
-    model = parity = None
+    exported = None
     if recipe.quant is not None:
         report({"kind": "stage", "name": "export", "steps": 0})
         frozen = freeze(cast("GraphModule", own.student))
-        model = to_onnx(frozen, {"recipe": recipe.name})
-        parity = check_parity(model, frozen, parity_images(materials.test, frozen))
-        require_parity(parity)
-        contenders.append(runtime_contender(recipe, own, frozen, model))
+        exported = export_onnx(frozen, recipe, parity_images(materials.test, frozen))
+        contenders.append(runtime_contender(recipe, own, exported))
     report({"kind": "stage", "name": "measure", "steps": len(contenders)})
     measured = measure(contenders, materials.test, convention_of(recipe), report)
-    if model is not None:
-        _require_same_quality(measured[-1].row, own.name, [m.row for m in measured])
+    if exported is not None:
+        row = measured[-1].row
+        _require_same_quality(row, own.name, [m.row for m in measured])
         files["ONNX model"] = folder / "student.onnx"
-        write_model(model, files["ONNX model"])
+        words = measured_words(row, convention_of(recipe).label, recipe.data.test)
+        files["model card"] = exported.measured(words).write(files["ONNX model"])
     write_png(files["picture"], comparison(recipe, materials, own, measured))
     outcome = Outcome(
         folder=folder,
         rows=[m.row for m in measured],
         convention=convention_of(recipe),
         files=files | {"events": folder / "events.jsonl", "recipe": folder / "recipe.toml"},
-        parity=parity,
+        parity=None if exported is None else exported.parity,
     )
     _write_report(outcome, recipe)
     report({"kind": "done", "rows": [row.as_values() for row in outcome.rows]})

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -23,12 +24,11 @@ from sparkir.assemble import (
     quantize_student,
 )
 from sparkir.data.pairs import PairStore
-from sparkir.deploy.onnx import to_onnx, write_model
-from sparkir.deploy.parity import Parity, check_parity, require_parity
 from sparkir.deploy.runtime import RuntimeNetwork
 from sparkir.errors import SparkirError
 from sparkir.evaluate.infer import device_of, evaluating
 from sparkir.evaluate.metrics import Convention
+from sparkir.export import export_onnx
 from sparkir.measure import parity_images
 from sparkir.models.checkpoint import load_weights
 from sparkir.models.facts import facts_of
@@ -169,27 +169,76 @@ def _hash_of(network: nn.Module) -> str:
 
 
 def export_run(
-    folder: Path, to: str, file: Path | None, data: str | None, report: Report
-) -> tuple[Path, Parity]:
+    folder: Path,
+    to: str,
+    file: Path | None,
+    data: str | None,
+    report: Report,
+    *,
+    allow_mismatch: bool = False,
+) -> tuple[Path, list[str]]:
     """Export the student of a finished run, checked on the recipe's test images or `data`.
+
+    Returns the file, and what is to be said of it, a line each.
 
     Raises:
         SparkirError: no such format, no finished run, a float student, or the file would show
             other pixels than the integer network.
     """
-    if to != "onnx":
-        raise SparkirError(f"no export format {to!r}; known: onnx")
+    if to not in ("onnx", "executorch"):
+        raise SparkirError(f"no export format {to!r}; known: onnx, executorch")
     student, recipe = load_student(_finished_student(folder))
     if recipe.quant is None:
         raise SparkirError(f"the student in {folder} is in floating point; export is for integers")
     pairs = open_pairs(recipe.data, data or recipe.data.test, report)
     frozen = freeze(cast("GraphModule", student))
-    model = to_onnx(frozen, {"recipe": recipe.name})
-    parity = check_parity(model, frozen, parity_images(pairs, frozen))
-    require_parity(parity)
+    images = parity_images(pairs, frozen)
+    if to == "executorch":
+        path = file or folder / "student.pte"
+        return path, _export_program(frozen, recipe, images, path, allow_mismatch=allow_mismatch)
+    exported = export_onnx(frozen, recipe, images, allow_mismatch=allow_mismatch)
     path = file or folder / "student.onnx"
-    write_model(model, path)
-    return path, parity
+    card = exported.measured(_measured_before(folder)).write(path)
+    said = [exported.parity.summary(), f"how each layer is stored and run: {card}"]
+    if exported.card.differs:
+        said.append(f"it is NOT what was trained: {exported.card.differs}")
+    return path, said
+
+
+def _export_program(
+    frozen: GraphModule,
+    recipe: Recipe,
+    images: list[torch.Tensor],
+    path: Path,
+    *,
+    allow_mismatch: bool,
+) -> list[str]:
+    """Make and check an ExecuTorch program, and write it."""
+    from sparkir.deploy.executorch import to_executorch, write_program
+    from sparkir.deploy.mobile_parity import check_mobile_parity, require_mobile_parity
+
+    program = to_executorch(frozen, {"recipe": recipe.name})
+    parity = check_mobile_parity(program, frozen, images)
+    if not allow_mismatch:
+        require_mobile_parity(parity)
+    write_program(program, path)
+    said = parity.summary().splitlines()
+    if parity.failures:
+        said.append(f"it is NOT what was trained: {'; '.join(parity.failures[:3])}")
+    return said
+
+
+def _measured_before(folder: Path) -> str:
+    """What the run's report says of the exported file, if there is one."""
+    report = folder / "report.json"
+    if not report.is_file():
+        return ""
+    values = json.loads(report.read_text("utf-8"))
+    rows = [row for row in values["rows"] if row["arithmetic"] == "runtime"]
+    if not rows:
+        return ""
+    psnr_db, ssim = rows[-1]["psnr_db"], rows[-1]["ssim"]
+    return f"PSNR {psnr_db:.2f} dB, SSIM {ssim:.4f} ({values['convention']}; SSIM alike)"
 
 
 def check_recipe(recipe: Recipe, report: Report) -> list[str]:

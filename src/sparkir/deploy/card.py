@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, fields
 from typing import cast
 
 from sparkir.errors import SparkirError
@@ -26,16 +26,49 @@ class Card:
     facts: ModelFacts
     quantization: str
     """Such as `W8A8`; `float` for a network in floating point."""
+    target: str = "onnxruntime"
+    """What it was trained to run on; a name of `quant.targets`."""
     recipe: str = ""
-    """What it was trained by."""
+    """The name of the recipe that it was trained by."""
+    training: str = ""
+    """That recipe in full, as TOML."""
+    metrics: str = ""
+    """What was measured on what, with the convention."""
+    licence: str = ""
+    """Terms of the images it was trained on."""
+    differs: str = ""
+    """How the file differs from the network that was trained, if it was written all the same."""
 
     def to_metadata(self) -> dict[str, str]:
-        """Text by key, as ONNX files hold it."""
-        return {
-            "facts": json.dumps(asdict(self.facts)),
-            "quantization": self.quantization,
-            "recipe": self.recipe,
-        }
+        """Text by key, as ONNX files hold it; what is not known is left out."""
+        words = {f.name: str(getattr(self, f.name)) for f in fields(self) if f.name != "facts"}
+        return {"facts": json.dumps(asdict(self.facts))} | {k: v for k, v in words.items() if v}
+
+    def to_markdown(self, layers: Sequence[tuple[str, str]] = ()) -> str:
+        """For people; `layers` says of each layer how it is stored and run."""
+        facts = self.facts
+        task = f"enlarges {facts.scale} times" if facts.scale > 1 else "restores at the same size"
+        colours = "RGB" if facts.channels == 3 else f"luma of {facts.luma_range} range"
+        rows = [
+            ("task", task),
+            ("input and output", f"float32 (N, {facts.channels}, H, W), {colours}"),
+            ("values", f"black 0, white {facts.value_range:g}"),
+            ("sizes", f"at least {facts.min_size_px} px, multiples of {facts.size_multiple}"),
+            ("quantization", self.quantization),
+            ("made for", self.target),
+            ("measured", self.metrics or "not stated"),
+            ("licence of the training images", self.licence or "not stated"),
+        ]
+        parts = [f"# {self.recipe or facts.name}\n"]
+        if self.differs:
+            parts.append(f"**Not what was trained:** {self.differs}\n")
+        parts.append("| | |\n|---|---|\n" + "".join(f"| {k} | {v} |\n" for k, v in rows))
+        if layers:
+            lines = "".join(f"| `{name}` | {what} |\n" for name, what in layers)
+            parts.append(f"## Layers\n\n| layer | stored and run |\n|---|---|\n{lines}")
+        if self.training:
+            parts.append(f"## Training\n\n```toml\n{self.training.strip()}\n```\n")
+        return "\n".join(parts)
 
 
 def read_card(metadata: Mapping[str, str], name: str) -> Card:
@@ -54,11 +87,9 @@ def read_card(metadata: Mapping[str, str], name: str) -> Card:
         raise SparkirError(
             f"{name} has a damaged card ({error}); export it again with sparkir"
         ) from error
-    return Card(
-        facts=facts,
-        quantization=metadata.get("quantization", ""),
-        recipe=metadata.get("recipe", ""),
-    )
+    known = {f.name for f in fields(Card)} - {"facts"}
+    words = {key: text for key, text in metadata.items() if key in known}
+    return Card(facts=facts, **{"quantization": ""} | words)
 
 
 def _check_types(values: Mapping[str, object]) -> None:

@@ -75,7 +75,8 @@ def to_onnx(frozen: fx.GraphModule, metadata: Mapping[str, str] | None = None) -
     _strip_traces(model)
     _name_after_grids(model, view)
     make_small(model)
-    card = Card(facts=facts, quantization=placement_of(frozen).spec.label)
+    spec = placement_of(frozen).spec
+    card = Card(facts=facts, quantization=spec.label, target=spec.target)
     onnx.helper.set_model_props(model, {**card.to_metadata(), **(metadata or {})})
     onnx.checker.check_model(model, full_check=True)
     return model
