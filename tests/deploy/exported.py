@@ -71,6 +71,7 @@ NETWORKS: dict[str, Callable[[], nn.Module]] = {
     "dncnn": lambda: build("dncnn", depth=4, width=8),
     "edsr": lambda: build("edsr", width=8, blocks=1, scale=2),
     "rfdn": lambda: build("rfdn", width=8, blocks=1, scale=2),
+    "anchored": lambda: build("rfdn", width=8, blocks=1, scale=2, anchored=True),
     "everything": Everything,
 }
 

@@ -13,11 +13,13 @@ from sparkir.quant.spec import QuantSpec
 SIZES = [((10, 9), (70, 61)), ((3, 5), (3, 5)), ((1, 4), (9, 8)), ((12, 12), (5, 7))]
 
 
+@pytest.mark.parametrize("corners", [False, True])
 @pytest.mark.parametrize(("small", "large"), SIZES)
-def test_it_is_torchs_but_for_weights_of_1_in_128(small, large):
+def test_it_is_torchs_but_for_weights_of_1_in_128(small, large, corners):
     x = torch.rand(2, 3, *small)
-    expected = F.interpolate(x, size=large, mode="bilinear", align_corners=False)
-    assert (ExactBilinear()(x, *large) - expected).abs().max() <= 2 / 256 + 1e-6
+    expected = F.interpolate(x, size=large, mode="bilinear", align_corners=corners)
+    found = ExactBilinear(align_corners=corners)(x, *large)
+    assert (found - expected).abs().max() <= 2 / 256 + 1e-6
 
 
 @pytest.mark.parametrize(("small", "large"), SIZES)
@@ -45,7 +47,7 @@ class Resizes(nn.Module):
         ("openvino", {"mode": "bilinear"}, True),
         ("portable", {"mode": "bilinear", "align_corners": False}, True),
         ("onnxruntime", {"mode": "bilinear"}, False),
-        ("openvino", {"mode": "bilinear", "align_corners": True}, False),
+        ("openvino", {"mode": "bilinear", "align_corners": True}, True),
         ("openvino", {"mode": "nearest"}, False),
     ],
 )
