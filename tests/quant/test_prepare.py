@@ -368,3 +368,15 @@ def test_quantizers_are_found_by_name():
 def test_example_images_suit_the_facts(multiple, smallest, expected):
     suited = facts(size_multiple=multiple, min_size_px=smallest)
     assert example_px(suited, at_least=48) == expected
+
+
+class WritesThroughAnotherName(Plain):
+    def body(self, x):
+        y = x
+        x += self.middle(x)
+        return self.relu(y)
+
+
+def test_writing_through_another_name_is_refused():
+    with pytest.raises(SparkirError, match="in place that it also uses under another name"):
+        prepare(WritesThroughAnotherName(), QuantSpec())

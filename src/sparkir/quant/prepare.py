@@ -109,18 +109,36 @@ def prepare(network: nn.Module, spec: QuantSpec) -> fx.GraphModule:
     """
     facts = facts_of(network)
     module = trace(copy.deepcopy(network), facts.taps)
-    if spec.runs_on.any_order:
-        make_interpolation_exact(module)
     side = example_px(facts, at_least=EXAMPLE_PX)
-    example = torch.rand(1, facts.channels, side, side) * facts.value_range
+    draw = torch.Generator().manual_seed(0)
+    example = torch.rand(1, facts.channels, side, side, generator=draw) * facts.value_range
     for parameter in network.parameters():
         example = example.to(parameter.device)
         break
+    _require_same(network, module, example)
+    if spec.runs_on.any_order:
+        make_interpolation_exact(module)
     plan = _Plan(module, classify(module, example), spec)
     prepared = _Rewriter(module, plan, image_step=facts.value_range / 255).run()
     setattr(prepared, "facts", facts)  # noqa: B010 - for mypy
     prepared.train(network.training)
     return prepared
+
+
+@torch.no_grad()
+def _require_same(network: nn.Module, traced: fx.GraphModule, example: Tensor) -> None:
+    """Tracing follows values, not memory: writing into a tensor that has two names escapes it."""
+    original = copy.deepcopy(network).eval()(example)
+    found = copy.deepcopy(traced).eval()(example)
+    if not isinstance(original, Tensor) or not isinstance(found, Tensor):
+        return  # refused below, with a better reason
+    close = torch.allclose(original, found, rtol=1e-3, atol=1e-3 * float(original.abs().mean()))
+    if not close:
+        raise SparkirError(
+            f"{type(network).__name__} computes something else when traced: its forward changes a "
+            "tensor in place that it also uses under another name; write y = x + ... instead of "
+            "x += ..."
+        )
 
 
 def example_px(facts: ModelFacts, *, at_least: int) -> int:
