@@ -16,12 +16,14 @@ from torch import Tensor, fx, nn
 
 from sparkir.quant.arithmetic import Accumulated, Quantized, Value, quantize
 from sparkir.quant.layers import QuantConv2d, QuantLayer
-from sparkir.quant.prepare import carry_facts
+from sparkir.quant.prepare import carry_facts, placement_of
 from sparkir.quant.quantizer import ActivationQuantizer
 from sparkir.quant.steps import grid_of_input
 
 _EXACT_FLOAT32 = 2**24
 _INT32 = 2**31
+_STORED_BITS = (2, 4, 8)
+_STEP_BYTES = _BIAS_BYTES = 4
 
 
 class IntegerQuantizer(nn.Module):
@@ -168,5 +170,13 @@ def freeze(student: fx.GraphModule) -> fx.GraphModule:
 
 
 def stored_bytes(frozen: nn.Module) -> int:
-    """Bytes of an integer network's weights, biases and grids."""
-    return sum(b.numel() * b.element_size() for b in frozen.buffers())
+    """Bytes of an integer network's weights, as files pack them, of its biases and its steps."""
+    placement = placement_of(frozen)
+    grids = sum(isinstance(module, IntegerQuantizer) for module in frozen.modules())
+    total = grids * (_STEP_BYTES + 1)
+    for name, (bits, _) in placement.layers.items():
+        layer = cast("IntegerLayer", frozen.get_submodule(name))
+        packed = next(width for width in _STORED_BITS if width >= bits)
+        rows = _STEP_BYTES + (0 if layer.bias is None else _BIAS_BYTES)
+        total += -(-layer.weight.numel() * packed // 8) + len(layer.weight) * rows
+    return total
