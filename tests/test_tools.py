@@ -22,8 +22,8 @@ from sparkir.models.facts import ModelFacts, facts_of
 from sparkir.models.registry import build
 from sparkir.quant.arithmetic import rounds_exactly
 from sparkir.recipe import WeightingChoice
-from sparkir.spark.weighting import Confidence, SparkPaper, weightings
 from sparkir.restore.engine import Engine
+from sparkir.spark.weighting import Confidence, SparkPaper, weightings
 from sparkir.tools import Opened, evaluation_setup, open_model, restorer_of
 
 pytest_plugins = ["helpers"]

@@ -21,7 +21,7 @@ Run = Callable[[np.ndarray], np.ndarray]
 
 _FULL_RANGE_WEIGHTS = np.array((0.299, 0.587, 0.114))  # BT.601
 _STUDIO_BLACK, _STUDIO_SWING = 16.0, 219.0
-_TRIAL_PX = 16
+_TRIAL_PX, _LARGEST_TRIAL_PX = 16, 2048
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -174,9 +174,14 @@ def _try_out(restorer: Restorer, path: Path) -> None:
     facts = restorer.facts
     step = facts.size_multiple
     side = -(-max(facts.min_size_px, _TRIAL_PX) // step) * step
+    if side > _LARGEST_TRIAL_PX:
+        raise SparkirError(
+            f"the card of {path} says that the network needs pictures of {side} x {side} px; if "
+            "that is not so, export it again"
+        )
     try:
         restorer(np.zeros((side, side, 3), np.uint8))
     except MemoryError as error:
         raise SparkirError(
-            f"{path}: no memory for a trial picture of {side} x {side} px; is its card right?"
+            f"there is no memory to run {path} on {side} x {side} px; close other programs"
         ) from error
