@@ -91,7 +91,7 @@ def test_jpeg_keeps_grey_grey_and_its_mark(tmp_path, channels):
 def test_exif_profile_and_resolution_stay(tmp_path, identity, source, suffix):
     image = Image.fromarray(random_pixels(3, np.uint8))
     given = tmp_path / f"in.{source}"
-    image.save(given, exif=camera_exif(), icc_profile=SRGB, dpi=(300, 300))
+    image.save(given, exif=camera_exif().tobytes(), icc_profile=SRGB, dpi=(300, 300))
     restore_files(identity, given, tmp_path / f"out{suffix}", lambda event: None)
     with Image.open(tmp_path / f"out{suffix}") as made:
         exif = made.getexif()

@@ -11,7 +11,7 @@ import numpy as np
 
 from sparkir.data.degrade import bicubic_resize
 from sparkir.deploy.card import read_card
-from sparkir.deploy.session import RUNTIMES, TITLES, Runtime, open_session
+from sparkir.deploy.session import RUNTIMES, TITLES, Runtime, Session, open_session
 from sparkir.errors import SparkirError
 from sparkir.models.facts import ModelFacts
 from sparkir.restore.memory import is_allocation_failure
@@ -144,21 +144,23 @@ class _Reopening:
 
     def __init__(self, path: Path, runtime: Runtime) -> None:
         self.path, self.runtime = path, runtime
-        self.session = open_session(path, runtime=runtime)
+        self.session: Session | None = open_session(path, runtime=runtime)
         self.metadata = self.session.metadata
 
     def __call__(self, lq: np.ndarray) -> np.ndarray:
         try:
+            if self.session is None:
+                self.session = open_session(self.path, runtime=self.runtime)
             return np.asarray(self.session.run(lq)[0])
         except Exception as error:  # each runtime raises its own, and they share no base
-            if is_allocation_failure(error):
-                del self.session
-                self.session = open_session(self.path, runtime=self.runtime)
-                raise MemoryError(str(error)) from error
             reason = " ".join(str(error).split())[:300]
-            raise SparkirError(
-                f"{self.path} cannot compute an input of {lq.shape}: {reason}"
-            ) from error
+            if not is_allocation_failure(error):
+                raise SparkirError(
+                    f"{self.path} cannot compute an input of {lq.shape}: {reason}"
+                ) from error
+        # Only here, where nothing refers to the error: its traceback holds the session.
+        self.session = None
+        raise MemoryError(reason)
 
 
 def _hash_of(path: Path) -> str:
