@@ -77,8 +77,13 @@ def test_help_does_not_wait_for_torch():
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
 
 
-def test_opening_an_exported_file_does_not_need_torch():
+def test_restoring_with_an_exported_file_does_not_need_torch():
+    """Nor onnx, nor anything that reads recipes; jaxtyping imports none of them by itself."""
+    unwanted = {"torch", "onnx", "pydantic", "safetensors"}
+    modules = [f"sparkir.restore.{file.stem}" for file in (SOURCE / "restore").glob("[a-z]*.py")]
+    assert len(modules) >= 6
     code = (
-        "import sys, sparkir.deploy.session, sparkir.deploy.card; sys.exit('torch' in sys.modules)"
+        f"import sys, sparkir.deploy.session, sparkir.deploy.card, {', '.join(modules)}; "
+        f"sys.exit(bool({unwanted} & sys.modules.keys()))"
     )
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

@@ -61,7 +61,7 @@ def atomic_folder(folder: Path) -> Iterator[Path]:
 @contextmanager
 def synced_file(path: Path) -> Iterator[BinaryIO]:
     """Open a new file for writing, whose bytes are on the disk when the block ends."""
-    with path.open("xb") as file:
+    with path.open("x+b") as file:  # read, too: writers of TIFF go back
         yield file
         file.flush()
         os.fsync(file.fileno())

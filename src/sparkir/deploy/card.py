@@ -92,8 +92,10 @@ def read_card(metadata: Mapping[str, str], name: str) -> Card:
     return Card(facts=facts, **{"quantization": ""} | words)
 
 
-def _check_types(values: Mapping[str, object]) -> None:
+def _check_types(values: object) -> None:
     """Raise TypeError for a value that a computation would stumble over only later."""
+    if not isinstance(values, dict):
+        raise TypeError(f"it is a {type(values).__name__}")
     for field, value in values.items():
         if type(value) not in _TYPES.get(field, (int,)):
             raise TypeError(f"{field} is {value!r}")

@@ -119,7 +119,12 @@ class Engine:
         grown = 0
         for side in (smallest, 2 * smallest):
             probe = np.zeros((side, side, 3), np.uint8)
-            peak = peak_bytes_of(partial(self.restorer, probe))
+            try:
+                peak = peak_bytes_of(partial(self.restorer, probe))
+            except (MemoryError, RuntimeError) as error:
+                if not is_allocation_failure(error):
+                    raise
+                peak = None
             if peak is None:
                 return _guessed(facts.scale)
             grown += peak

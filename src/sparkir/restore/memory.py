@@ -16,8 +16,8 @@ _SHARE = 0.5  # of what is free; the rest is for whatever else happens meanwhile
 _UNKNOWN = 2 * 10**9  # free bytes, where the system does not say
 # What ONNX Runtime, OpenVINO, torch and the C++ library say.
 _NO_MEMORY = re.compile(
-    r"bad_?\s?alloc|out of memory|cannot allocate|can't allocate|(fail|not able) to allocate"
-    r"|allocat\w+ (of .{1,40} )?fail|not enough memory",
+    r"bad[_ ]?alloc|out of memory|not enough memory"
+    r"|(fail(ed|ure)?|cannot|can't|could not|unable|not able) (to )?allocate",
     re.IGNORECASE,
 )
 

@@ -56,6 +56,8 @@ def _single(source: Path, target: Path, suffix: str | None) -> Job:
         if suffix is not None:
             raise SparkirError(f"{shown(target)} names its format itself; leave out --format")
         return Job(source, target)
+    if target.exists() and not target.is_dir():
+        raise SparkirError(f"{shown(target)} is no folder; give a folder, or a name such as x.png")
     return Job(source, target / f"{source.stem}{suffix or '.png'}")
 
 

@@ -11,7 +11,7 @@ import numpy as np
 
 from sparkir.data.degrade import bicubic_resize
 from sparkir.deploy.card import read_card
-from sparkir.deploy.session import RUNTIMES, TITLES, Runtime, open_session
+from sparkir.deploy.session import RUNTIMES, TITLES, Runtime, Session, open_session
 from sparkir.errors import SparkirError
 from sparkir.models.facts import ModelFacts
 from sparkir.restore.memory import is_allocation_failure
@@ -21,7 +21,7 @@ Run = Callable[[np.ndarray], np.ndarray]
 
 _FULL_RANGE_WEIGHTS = np.array((0.299, 0.587, 0.114))  # BT.601
 _STUDIO_BLACK, _STUDIO_SWING = 16.0, 219.0
-_TRIAL_PX = 16
+_TRIAL_PX, _LARGEST_TRIAL_PX = 16, 2048
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -144,21 +144,23 @@ class _Reopening:
 
     def __init__(self, path: Path, runtime: Runtime) -> None:
         self.path, self.runtime = path, runtime
-        self.session = open_session(path, runtime=runtime)
+        self.session: Session | None = open_session(path, runtime=runtime)
         self.metadata = self.session.metadata
 
     def __call__(self, lq: np.ndarray) -> np.ndarray:
         try:
+            if self.session is None:
+                self.session = open_session(self.path, runtime=self.runtime)
             return np.asarray(self.session.run(lq)[0])
         except Exception as error:  # each runtime raises its own, and they share no base
-            if is_allocation_failure(error):
-                del self.session
-                self.session = open_session(self.path, runtime=self.runtime)
-                raise MemoryError(str(error)) from error
             reason = " ".join(str(error).split())[:300]
-            raise SparkirError(
-                f"{self.path} cannot compute an input of {lq.shape}: {reason}"
-            ) from error
+            if not is_allocation_failure(error):
+                raise SparkirError(
+                    f"{self.path} cannot compute an input of {lq.shape}: {reason}"
+                ) from error
+        # Only here, where nothing refers to the error: its traceback holds the session.
+        self.session = None
+        raise MemoryError(reason)
 
 
 def _hash_of(path: Path) -> str:
@@ -174,9 +176,14 @@ def _try_out(restorer: Restorer, path: Path) -> None:
     facts = restorer.facts
     step = facts.size_multiple
     side = -(-max(facts.min_size_px, _TRIAL_PX) // step) * step
+    if side > _LARGEST_TRIAL_PX:
+        raise SparkirError(
+            f"the card of {path} says that the network needs pictures of {side} x {side} px; if "
+            "that is not so, export it again"
+        )
     try:
         restorer(np.zeros((side, side, 3), np.uint8))
     except MemoryError as error:
         raise SparkirError(
-            f"{path}: no memory for a trial picture of {side} x {side} px; is its card right?"
+            f"there is no memory to run {path} on {side} x {side} px; close other programs"
         ) from error

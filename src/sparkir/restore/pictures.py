@@ -26,7 +26,7 @@ from sparkir.restore.naming import shown
 
 # Formats are named, so that nothing opens by its content what its user did not mean: Pillow would
 # run Ghostscript on a PostScript file that is called .png.
-_FORMATS = ("PNG", "JPEG", "MPO", "WEBP", "TIFF", "BMP")
+_FORMATS = ("PNG", "JPEG", "WEBP", "TIFF", "BMP")
 MAX_PIXELS = 2 * 89_478_485  # where Pillow, too, begins to suspect a decompression bomb
 
 _ORIENTATION, _SOFTWARE = 0x0112, 0x0131
@@ -82,7 +82,7 @@ def read_header(path: Path, *, max_pixels: int = MAX_PIXELS) -> Header:
     """Look at a picture file without decoding it; the same errors as `read_picture`."""
     with _opened(path, max_pixels) as image:
         deep = _is_deep(image)
-        channels = len(_target_mode(image).replace("I;16", "L"))
+        channels = len(_target_mode(image))
         return Header((image.height, image.width, channels), 2 if deep else 1)
 
 
@@ -99,16 +99,19 @@ def read_picture(path: Path, *, max_pixels: int = MAX_PIXELS) -> Picture:
             16-bit colour and the package that reads it is not installed.
     """
     with _opened(path, max_pixels) as image:
-        exif, turn = _exif_of(image)
-        dpi = image.info.get("dpi")
+        dpi = _checked_dpi(image.info.get("dpi"))
         icc = image.info.get("icc_profile") or b""
-        if _is_deep(image) and image.mode in ("RGB", "RGBA", "LA", "RGBX"):
+        exif = _kept_exif(image)
+        if _is_deep(image) and not image.mode.startswith("I"):
+            turn = image.getexif().get(_ORIENTATION, 1)
             pixels = _read_deep_colour(path, str(image.format))
         else:
+            image.load()
+            turn = image.getexif().get(_ORIENTATION, 1)  # a TIFF is upright now, and says so
             if image.mode in ("CMYK", "LAB", "YCbCr", "HSV"):
                 image, icc = _to_srgb(image, icc)
             pixels = _pixels_of(image, path)
-        return Picture(pixels=_turned(pixels, turn), icc=icc, exif=exif, dpi=_checked_dpi(dpi))
+        return Picture(pixels=_turned(pixels, turn), icc=icc, exif=exif, dpi=dpi)
 
 
 def mark_of(path: Path) -> str:
@@ -163,21 +166,24 @@ def _require_pixels(image: Image.Image, path: Path, max_pixels: int | None) -> N
         )
 
 
+def _raw_mode(image: Image.Image) -> str:
+    """How the file stores a pixel, whatever Pillow would make of it, such as `LA;16B`."""
+    tiles = getattr(image, "tile", None)
+    found = tiles[0].args if tiles else ""
+    return str(found if isinstance(found, str) or not found else found[0])
+
+
 def _is_deep(image: Image.Image) -> bool:
-    """Whether the file has more than 8 bits in a channel, whatever Pillow would make of them."""
-    tiles = getattr(image, "tile", None)  # how a file's parts are decoded
-    raw = str(tiles[0].args) if tiles else ""
-    return image.mode.startswith("I") or ";16" in raw
+    """Whether the file has more than 8 bits in a channel."""
+    return image.mode.startswith("I") or ";16" in _raw_mode(image)
 
 
 def _target_mode(image: Image.Image) -> str:
-    """The mode in which this file's pixels are restored: L, LA, RGB, RGBA or I;16."""
-    transparent = "transparency" in image.info or image.mode in ("LA", "PA", "RGBA", "La", "RGBa")
-    if image.mode.startswith("I"):
-        return "I;16" if not transparent else "LA"
-    if image.mode in ("1", "L", "LA", "La"):
-        return "LA" if transparent else "L"
-    return "RGBA" if transparent else "RGB"
+    """The mode in which this file's pixels are restored: L, LA, RGB or RGBA, of 8 or 16 bits."""
+    mode = "LA" if _raw_mode(image).startswith("LA;16") else image.mode
+    transparent = "transparency" in image.info or mode in ("LA", "PA", "RGBA", "La", "RGBa")
+    grey = mode in ("1", "L", "LA", "La") or mode.startswith("I")
+    return ("L" if grey else "RGB") + "A" * transparent
 
 
 def _pixels_of(image: Image.Image, path: Path) -> np.ndarray:
@@ -220,7 +226,7 @@ def _read_deep_colour(path: Path, kind: str) -> np.ndarray:
     pyvips = require("pyvips", f"{shown(path)} has 16-bit colour")
     loader = {"PNG": pyvips.Image.pngload, "TIFF": pyvips.Image.tiffload}[kind]
     try:
-        pixels: np.ndarray = loader(str(path), access="sequential", fail_on="truncated").numpy()
+        pixels: np.ndarray = loader(str(path), access="sequential", fail_on="error").numpy()
     except pyvips.Error as error:
         raise SyntaxError(one_line(error)) from error
     if pixels.dtype != np.uint16 or pixels.ndim != 3:
@@ -245,23 +251,23 @@ def require(package: str, what: str) -> Any:  # noqa: ANN401 - a module
         ) from error
 
 
-def _exif_of(image: Image.Image) -> tuple[bytes, int]:
-    """The EXIF to keep, and the orientation."""
-    exif = image.getexif()
-    turn = exif.get(_ORIENTATION, 1)
-    camera = exif.get_ifd(_EXIF_IFD)
-    for tag in _EXIF_SIZES:
-        camera.pop(tag, None)
-    for tag in (_ORIENTATION, *_STORAGE_TAGS):
-        if tag in exif:
-            del exif[tag]
+def _kept_exif(image: Image.Image) -> bytes:
+    """The EXIF data that are still true of the restored picture; none if they are damaged."""
+    exif = Image.Exif()
     try:
-        return (exif.tobytes() if len(exif) else b""), turn if isinstance(turn, int) else 1
+        exif.load(image.getexif().tobytes())
+        camera = exif.get_ifd(_EXIF_IFD)
+        for tag in _EXIF_SIZES:
+            camera.pop(tag, None)
+        for tag in (_ORIENTATION, *_STORAGE_TAGS):
+            if tag in exif:
+                del exif[tag]
+        return exif.tobytes() if len(exif) else b""
     except (*_DECODER_ERRORS, AssertionError):
-        return b"", turn if isinstance(turn, int) else 1  # too damaged to be kept
+        return b""
 
 
-def _turned(pixels: np.ndarray, orientation: int) -> np.ndarray:
+def _turned(pixels: np.ndarray, orientation: object) -> np.ndarray:
     """Upright, by the EXIF standard's eight orientations."""
     if orientation in (5, 6, 7, 8):
         pixels = pixels.swapaxes(0, 1)

@@ -10,7 +10,7 @@ at the whole picture), it hides the step.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -124,47 +124,50 @@ def restore_tiled(
     height, width, channels = pixels.shape
     rows, columns = spans(height, tiling), spans(width, tiling)
     canvas = np.empty((scale * height, scale * width, channels), pixels.dtype)
-    for done, (y, x) in enumerate(_pairs(rows, columns), 1):
-        tile = piece(pixels[y.start : y.stop, x.start : x.stop])
-        kept = tile[_inside(y, scale), _inside(x, scale)]
-        _paint(canvas[_whole(y, scale), _whole(x, scale)], kept, y, x, scale * tiling.blend)
-        progress(done, len(rows) * len(columns))
+    done = 0
+    for y in rows:
+        band = canvas[_whole(y, scale)]
+        upper = band[: _faded(y, tiling, scale)]
+        above = upper.copy()
+        for x in columns:
+            tile = piece(pixels[y.start : y.stop, x.start : x.stop])
+            kept = tile[_inside(y, scale), _inside(x, scale)]
+            _paint(band[:, _whole(x, scale)], kept, _faded(x, tiling, scale))
+            done += 1
+            progress(done, len(rows) * len(columns))
+        # Whole rows are faded, and not tiles: at a corner four of them meet.
+        upper[:] = _mixed(above, upper, _share(len(upper))[:, None, None])
     return canvas
 
 
-def _paint(canvas: np.ndarray, tile: np.ndarray, y: Span, x: Span, blend: int) -> None:
-    """Write a tile (h, w, c) in levels over what is there; its upper and left edges fade in.
-
-    What is there is whole numbers already. Of two equal values any mixture rounds as they do, so
-    that tiles which agree leave no trace of the mixing.
-    """
+def _paint(canvas: np.ndarray, tile: np.ndarray, faded: int) -> None:
+    """Write a tile (h, w, c) in levels; its first `faded` columns fade in over what is there."""
     if bool(np.isnan(tile).any()):
         raise SparkirError("the restored image holds NaN; the network or its weights are broken")
     levels = np.clip(tile, 0, np.iinfo(canvas.dtype).max)
-    for axis, span in ((0, y), (1, x)):
-        assert span.first == 0 or tile.shape[axis] >= blend
-    share = _fade(len(levels), blend, y)[:, None, None] * _fade(levels.shape[1], blend, x)[:, None]
-    top, left = _faded(blend, y), _faded(blend, x)
-    for part in (np.s_[:top], np.s_[top:, :left]):  # the strips where something is there already
-        mixed = (1 - share[part]) * canvas[part] + share[part] * levels[part]
-        canvas[part] = np.rint(mixed).astype(canvas.dtype)
-    canvas[top:, left:] = np.rint(levels[top:, left:]).astype(canvas.dtype)
+    left = canvas[:, :faded]
+    left[:] = _mixed(left, levels[:, :faded], _share(faded)[:, None])
+    canvas[:, faded:] = np.rint(levels[:, faded:])
 
 
-def _faded(blend: int, span: Span) -> int:
-    return 0 if span.first == 0 else blend
+def _mixed(old: np.ndarray, new: np.ndarray, share: np.ndarray) -> np.ndarray:
+    """`share` of the new in the old, rounded.
+
+    The old is whole numbers already. Of two values that round alike any mixture does so, too: tiles
+    that agree leave no trace of the mixing.
+    """
+    mixed: np.ndarray = np.rint((1 - share) * old + share * new)
+    return mixed
 
 
-def _fade(length: int, blend: int, span: Span) -> np.ndarray:
-    """(length,) the new tile's share along an axis: from 0 to 1 over the first `blend`, then 1."""
-    share = np.ones(length, np.float32)
-    faded = _faded(blend, span)
-    share[:faded] = (np.arange(faded) + 0.5) / max(faded, 1)
-    return share
+def _share(length: int) -> np.ndarray:
+    """(length,) from 0 to 1."""
+    return (np.arange(length, dtype=np.float32) + np.float32(0.5)) / np.float32(max(length, 1))
 
 
-def _pairs(rows: list[Span], columns: list[Span]) -> Iterator[tuple[Span, Span]]:
-    return ((y, x) for y in rows for x in columns)
+def _faded(span: Span, tiling: Tiling, scale: int) -> int:
+    """Over how many pixels of the result this tile fades in: none at the border of the picture."""
+    return 0 if span.first == 0 else scale * tiling.blend
 
 
 def _inside(span: Span, scale: int) -> slice:

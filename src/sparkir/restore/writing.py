@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import errno
-import io
 import struct
 from collections.abc import Callable
 from pathlib import Path
@@ -30,6 +29,7 @@ FORMATS: dict[str, tuple[str, dict[str, Any]]] = {
 _LONGEST_PX = {"JPEG": 65_500, "WEBP": 16_383}
 _HOPELESS = (errno.ENOSPC, errno.EDQUOT, errno.EROFS)
 _ASCII = 2  # TIFF's type of texts
+_EXIF_PARTS = (0x8769, 0x8825)  # the camera's settings, the place
 _KEPT_IN_TIFF = (270, 271, 272, 306, 315, 33432)  # description, camera, date, artist, copyright
 
 
@@ -121,12 +121,9 @@ def _write_by_pillow(
         said["dpi"] = picture.dpi
     if kind == "WEBP" and pixels.shape[2] < 3:
         image = image.convert("RGBA" if pixels.shape[2] == 2 else "RGB")
-    if kind == "TIFF":  # its writer seeks and reads
-        content = io.BytesIO()
-        image.save(content, format=kind, **said, **options)
-        file.write(content.getbuffer())
-    else:
-        image.save(file, format=kind, **said, **options)
+    if kind == "TIFF" and any(part in said["exif"] for part in _EXIF_PARTS):
+        options = {}  # together with compression Pillow loses these parts
+    image.save(file, format=kind, **said, **options)
 
 
 def _write_deep_png(file: BinaryIO, picture: Picture, mark: str) -> None:
@@ -157,9 +154,8 @@ def _write_deep_tiff(file: BinaryIO, picture: Picture, mark: str) -> None:
         for tag in _KEPT_IN_TIFF
         if tag in exif and str(exif[tag]).isascii()
     ]
-    content = io.BytesIO()
     tifffile.imwrite(
-        content,
+        file,
         np.ascontiguousarray(pixels),
         photometric="rgb",
         extrasamples=["unassalpha"] if pixels.shape[2] == 4 else None,
@@ -171,4 +167,3 @@ def _write_deep_tiff(file: BinaryIO, picture: Picture, mark: str) -> None:
         resolutionunit="INCH" if picture.dpi else None,
         extratags=texts,
     )
-    file.write(content.getbuffer())
