@@ -172,7 +172,9 @@ def restore(
     ] = None,
     runtime: Annotated[
         str | None,
-        typer.Option(help="onnxruntime (the default) or openvino, for an exported file."),
+        typer.Option(
+            help="onnxruntime or openvino, for an exported file. Default: what it was made for."
+        ),
     ] = None,
     suffix: Annotated[
         str | None,
@@ -337,7 +339,7 @@ def _restorer(
     if path.suffix == ".onnx" and weights is None and not options:
         from sparkir.restore.network import open_exported
 
-        return open_exported(path, runtime or "onnxruntime")
+        return open_exported(path, runtime)
     if runtime is not None:
         raise SparkirError(f"--runtime is for an exported .onnx file, and {model} is none")
     try:

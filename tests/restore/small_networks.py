@@ -22,6 +22,7 @@ NETWORKS: dict[str, dict[str, object]] = {
     "dncnn": {"depth": 5, "width": 8, "channels": 3},
     "dncnn luma": {"depth": 5, "width": 8},
     "edsr": {"width": 8, "blocks": 2, "scale": 4},
+    "rfdn": {"width": 8, "blocks": 1, "scale": 2, "anchored": True},
 }
 
 

@@ -11,9 +11,10 @@ import numpy as np
 
 from sparkir.data.degrade import bicubic_resize
 from sparkir.deploy.card import read_card
-from sparkir.deploy.session import RUNTIMES, TITLES, Runtime, Session, open_session
+from sparkir.deploy.session import RUNTIMES, TITLES, Runtime, Session, installed, open_session
 from sparkir.errors import SparkirError
 from sparkir.models.facts import ModelFacts
+from sparkir.quant.targets import TARGETS
 from sparkir.restore.memory import is_allocation_failure
 
 Run = Callable[[np.ndarray], np.ndarray]
@@ -119,12 +120,16 @@ def _padded(lq: np.ndarray, facts: ModelFacts) -> np.ndarray:
     return np.pad(lq, ((0, bottom), (0, right), (0, 0)), mode="reflect")
 
 
-def open_exported(path: Path, runtime: str = "onnxruntime") -> Restorer:
+def open_exported(path: Path, runtime: str | None = None) -> Restorer:
     """Open an exported .onnx file in a runtime, and see that it does what its card says.
+
+    The runtime is the one that the file was made for, if it is installed, unless given.
 
     Raises:
         SparkirError: it is missing, damaged, not exported by sparkir, or its card is wrong.
     """
+    if runtime is None:
+        runtime = _runtime_for(path)
     known = next((name for name in RUNTIMES if name == runtime), None)
     if known is None:
         raise SparkirError(f"--runtime {runtime!r}: choose one of {', '.join(RUNTIMES)}")
@@ -137,6 +142,15 @@ def open_exported(path: Path, runtime: str = "onnxruntime") -> Restorer:
     )
     _try_out(restorer, path)
     return restorer
+
+
+def _runtime_for(path: Path) -> Runtime:
+    """What the card asks for, if it is installed; else what is."""
+    present = [name for name in RUNTIMES if installed(name)]
+    if len(present) < 2:
+        return present[0] if present else RUNTIMES[0]
+    card = read_card(open_session(path, runtime=present[0]).metadata, str(path))
+    return next((t.runtime for name, t in TARGETS.items() if name == card.target), present[0])
 
 
 class _Reopening:
