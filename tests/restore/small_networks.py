@@ -18,7 +18,7 @@ from sparkir.quant.spec import QuantSpec
 
 NETWORKS: dict[str, dict[str, object]] = {
     "srcnn": {"scale": 2},
-    "srcnn luma": {"scale": 3, "channels": 1},
+    "srcnn luma": {"scale": 2, "channels": 1},
     "dncnn": {"depth": 5, "width": 8, "channels": 3},
     "dncnn luma": {"depth": 5, "width": 8},
     "edsr": {"width": 8, "blocks": 2, "scale": 4},

@@ -75,7 +75,7 @@ def test_other_errors_are_not_taken_for_it():
 
 @pytest.mark.parametrize("size", [(300, 300), (9, 9)])
 def test_when_not_even_the_smallest_tile_fits(size):
-    with pytest.raises(SparkirError, match="not even memory for tiles of 25 px, the smallest"):
+    with pytest.raises(SparkirError, match="not even memory for tiles of 40 px, the smallest"):
         Engine(Greedy(0, MemoryError()).restorer())(photo(*size, 0))
 
 
@@ -86,7 +86,7 @@ def test_the_bound_decides_the_tile(monkeypatch):
     monkeypatch.setattr(restorer, "_measured", lambda: 1000.0)
     pixels = photo(400, 500, 1)
     np.testing.assert_array_equal(restorer(pixels), pixels)
-    left = 20_000_000 - 2 * pixels.nbytes
+    left = 20_000_000 - 2 * pixels.nbytes - 4 * 400 * 500
     assert 0.7 * left < 1000 * max(greedy.seen) <= left
 
 

@@ -162,9 +162,9 @@ def test_halving_ends_at_the_smallest():
     while tiling is not None:
         sides.append(tiling.side)
         last, tiling = tiling, tiling.halved()
-    assert sides == [1000, 500, 250, 125, 62, 37]
-    assert last.smallest == 37
-    assert last.at_most(3).side == 37
+    assert sides == [1000, 500, 250, 125, 62, 52]
+    assert last.smallest == 52
+    assert last.at_most(3).side == 52
 
 
 def test_progress_counts_tiles():

@@ -110,7 +110,7 @@ class Engine:
                 f"{shown_bytes(held + coded)}, and restoring may use {shown_bytes(memory)}; "
                 "give it more with --memory, or cut the picture"
             )
-        return memory - held
+        return memory - held - _CODEC_BYTES * height * width * itemsize
 
     def _measured(self) -> float:
         """What a pixel of a tile costs in bytes, by the process's growth on two small tiles."""

@@ -70,7 +70,8 @@ def tiling_for(facts: ModelFacts, side: int) -> Tiling:
     halo = max(facts.halo_px, _BICUBIC_REACH_PX if facts.scale > 1 else 0)
     step = math.lcm(facts.size_multiple, facts.tile_phase_px)
     overlap = _up(2 * halo + _BLEND_PX, step)
-    smallest = max(overlap + step, _up(facts.min_size_px, step) + step)
+    # Smaller ones would be nearly all overlap, and their number without end.
+    smallest = max(overlap + _up(_BLEND_PX, step), _up(facts.min_size_px, step) + step)
     return Tiling(
         side=max(smallest, _up(side, step)),
         halo=halo,
