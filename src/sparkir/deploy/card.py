@@ -28,6 +28,8 @@ class Card:
     """Such as `W8A8`; `float` for a network in floating point."""
     recipe: str = ""
     """What it was trained by."""
+    target: str = ""
+    """Where it was made to run, such as `openvino`; empty in files that do not say."""
 
     def to_metadata(self) -> dict[str, str]:
         """Text by key, as ONNX files hold it."""
@@ -35,6 +37,7 @@ class Card:
             "facts": json.dumps(asdict(self.facts)),
             "quantization": self.quantization,
             "recipe": self.recipe,
+            "target": self.target,
         }
 
 
@@ -58,6 +61,7 @@ def read_card(metadata: Mapping[str, str], name: str) -> Card:
         facts=facts,
         quantization=metadata.get("quantization", ""),
         recipe=metadata.get("recipe", ""),
+        target=metadata.get("target", ""),
     )
 
 
