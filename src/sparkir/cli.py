@@ -514,10 +514,12 @@ def _print_benchmark(benchmark: Benchmark) -> None:
     from sparkir.deploy.results import HEADER, MEANING, cells
 
     for height, width in benchmark.plan.sizes_px:
-        title = f"input {height}x{width}, {benchmark.plan.threads} threads"
+        threads = benchmark.plan.threads
+        title = f"input {height}x{width}, {threads} thread{'s' if threads > 1 else ''}"
         table = Table(title=title, title_justify="left", box=SIMPLE_HEAD, padding=(0, 1, 0, 0))
         for index, name in enumerate(HEADER):
-            table.add_column(name, justify="right" if index else "left")
+            right: dict[str, Any] = {"justify": "right", "no_wrap": True}
+            table.add_column(name, **right if index else {"overflow": "fold"})
         for row in benchmark.rows:
             if row.size_px == (height, width):
                 table.add_row(*map(escape, cells(row, benchmark.rows)))

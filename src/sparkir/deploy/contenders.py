@@ -188,15 +188,15 @@ def notes_on(card: Card, engine: Engine, *, layers: int, float_layers: int) -> t
     if card.target not in _MADE_FOR[engine]:
         target = TARGETS.get(cast("TargetName", card.target))
         made = f"made for {target.title}" if target else "does not say what it was made for"
-        found.append(f"{made}: no measure of a file made for {ENGINES[engine]}")
+        found.append(f"{made}, not for {ENGINES[engine]}" if target else made)
     if float_layers and float_layers == layers:
         found.append("every convolution runs in float: an integer network simulated")
     elif float_layers:
         found.append(f"{float_layers} of {layers} convolutions run in float")
     bits = re.match(r"W(\d+)", card.quantization)
     if bits and int(bits[1]) < 8:
-        stored = "stored in 8" if engine == "executorch" else f"stored in {bits[1]}"
-        found.append(f"weights of {bits[1]} bits: {stored} bits, computed in int8")
+        stored = 8 if engine == "executorch" else bits[1]
+        found.append(f"weights of {bits[1]} bits, stored in {stored} bits, computed in int8")
     return tuple(found)
 
 

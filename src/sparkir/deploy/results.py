@@ -16,11 +16,15 @@ from sparkir.errors import SparkirError
 DEFAULT_SIZES_PX = ((180, 320), (540, 960))
 DEFAULT_REPEATS = 7
 WARM_UP_RUNS = 2
-HEADER = ("contender", "ms", "MP/s", "x", "peak MiB", "file KiB", "int ops", "float convs")
+"""Of each contender, once it is open."""
+LEAD_IN_S = 0.05
+"""Before each timed run its contender runs untimed, once and for at least this long."""
+HEADER = ("contender", "ms", "MP/s", "x", "MiB", "KiB", "int", "float")
 MEANING = (
-    "ms: median of {repeats} runs; MP/s: input pixels; x: times as fast as torch float32, or as "
-    "the same runtime's float32; peak: memory of one run in a process of its own, beyond the imported "
-    "runtime; int ops: share of operators that the runtime computes on integers"
+    "ms: median of {repeats} runs; MP/s: input pixels; x: times as fast as torch float32, else as "
+    "the same runtime's float32; MiB: peak memory of one run in a process of its own, beyond the "
+    "imported runtime; KiB: file; int: operators that the runtime computes on integers; float: "
+    "convolutions that it computes in floating point, of all"
 )
 _NOTHING = "-"
 
@@ -99,7 +103,8 @@ def write_json(benchmark: Benchmark, path: Path) -> None:
         SparkirError: the file cannot be written.
     """
     rows = [_values_of(row, benchmark.rows) for row in benchmark.rows]
-    values = {**asdict(benchmark), "warm_up_runs": WARM_UP_RUNS, "rows": rows}
+    fixed = {"warm_up_runs": WARM_UP_RUNS, "lead_in_s": LEAD_IN_S}
+    values = {**asdict(benchmark), **fixed, "rows": rows}
     try:
         with atomic_file(path) as file:
             file.write(json.dumps(values, indent=2).encode())
@@ -134,7 +139,7 @@ def cells(row: Row, rows: Sequence[Row]) -> list[str]:
         _shown(row.peak_mib, ".0f"),
         _shown(size_kib, ".0f"),
         _shown(contender.integer_share, ".0%"),
-        f"{contender.float_layers} of {contender.layers}" if known else _NOTHING,
+        f"{contender.float_layers}/{contender.layers}" if known else _NOTHING,
     ]
 
 
