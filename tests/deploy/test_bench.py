@@ -16,6 +16,7 @@ from sparkir.deploy.bench import cores, interleaved, measure, plan_of, require_s
 from sparkir.deploy.card import Card
 from sparkir.deploy.contenders import (
     Contender,
+    executorch_contender,
     float_contenders,
     installed,
     integer_contenders,
@@ -329,7 +330,28 @@ def test_eager_torch_computes_the_network_in_each_arithmetic(twin, tmp_path):
         kinds[contender.arithmetic] = open_contender(contender, threads=1)(x.numpy())
     torch.testing.assert_close(kinds["float32"], expected)
     torch.testing.assert_close(kinds["float32 channels_last"], expected)
-    assert not torch.equal(kinds["bfloat16"].float(), expected)
+    assert not torch.equal(kinds["bfloat16 channels_last"].float(), expected)
+
+
+def test_executorch(edsr_w4, tmp_path):
+    pytest.importorskip("executorch")
+    contender = executorch_contender(edsr_w4.frozen, (16, 24), tmp_path)
+    if contender.failure:
+        pytest.fail(contender.failure)
+    assert contender.file_bytes == (tmp_path / "16x24.pte").stat().st_size
+    assert 0 < contender.integer_share <= 1
+    assert (contender.layers, contender.float_layers) == (6, 0)
+    assert "stored in 8 bits" in contender.notes[-1]
+    plan = Plan(sizes_px=((16, 24), (32, 24)), repeats=1, threads=os.cpu_count())
+    (only,) = measure([contender], edsr_w4.facts, plan, ignore, peak=lambda *a, **k: Peak(1.0))
+    assert (only.size_px, only.failure, len(only.samples_ms)) == ((16, 24), "", 1)
+    with pytest.raises(SparkirError, match="takes all cores"):
+        open_contender(contender, threads=os.cpu_count() + 1)
+
+
+def test_an_executorch_program_that_cannot_be_made(edsr_w4, tmp_path):
+    contender = executorch_contender(edsr_w4.frozen, (0, 0), tmp_path)
+    assert contender.failure
 
 
 def test_a_file_that_no_runtime_opens(edsr_w4, tmp_path):

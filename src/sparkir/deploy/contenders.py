@@ -27,7 +27,9 @@ if TYPE_CHECKING:
     from sparkir.deploy.card import Card
 
 Engine = Literal["torch", "onnxruntime", "openvino", "executorch"]
-Arithmetic = Literal["float32", "float32 channels_last", "bfloat16", "integer"]
+Arithmetic = Literal[
+    "float32", "float32 channels_last", "bfloat16 channels_last", "bfloat16", "integer"
+]
 Run = Callable[[np.ndarray], object]
 """(1, C, H, W) float32 in the network's value range -> the restored image, in the engine's form."""
 
@@ -108,7 +110,11 @@ def reason_of(error: BaseException) -> str:
 
 def torch_contenders(file: Path) -> list[Contender]:
     """Eager torch, of a float module that `torch.save` wrote."""
-    kinds: tuple[Arithmetic, ...] = ("float32", "float32 channels_last", "bfloat16")
+    kinds: tuple[Arithmetic, ...] = (
+        "float32",
+        "float32 channels_last",
+        "bfloat16 channels_last",
+    )
     return [Contender(engine="torch", arithmetic=kind, file=str(file)) for kind in kinds]
 
 
@@ -224,7 +230,7 @@ def _open_torch(contender: Contender, threads: int) -> Run:
     torch.set_num_threads(threads)
     plain = contender.arithmetic == "float32"
     layout: Any = torch.contiguous_format if plain else torch.channels_last
-    half = contender.arithmetic == "bfloat16"
+    half = contender.arithmetic == "bfloat16 channels_last"
     # Our own file, made a moment ago; weights alone would not say how to run them.
     network = torch.load(contender.file, weights_only=False).to(memory_format=layout).eval()
 

@@ -22,7 +22,8 @@ import numpy as np
 from sparkir.deploy.contenders import Contender, open_contender, reason_of
 
 _MIB = 2**20
-_IMPORTS = {"executorch": "sparkir.deploy.executorch"}
+_IMPORTS = {"executorch": ("sparkir.deploy.executorch", "executorch.exir", "executorch.runtime")}
+"""Where importing the engine takes more than its name."""
 _STATUS = Path("/proc/self/status")
 
 
@@ -74,7 +75,8 @@ def _measured(task: dict[str, Any]) -> Peak:
     contender = Contender(**task["contender"])
     image = example(tuple(task["shape"]), task["white"])
     try:
-        importlib.import_module(_IMPORTS.get(contender.engine, contender.engine))
+        for name in _IMPORTS.get(contender.engine, (contender.engine,)):
+            importlib.import_module(name)
         before = _start()
         open_contender(contender, threads=task["threads"])(image)
     except Exception as error:  # noqa: BLE001 - each engine raises its own
