@@ -1,6 +1,7 @@
 """The commands as a user meets them: what they say, and what a mistake costs (one line)."""
 
 import errno
+import json
 import os
 import pickle
 import signal
@@ -33,6 +34,7 @@ from helpers import (
 )
 from sparkir import cli, recipe
 from sparkir.data.atomic import atomic_file
+from sparkir.deploy import contenders
 from sparkir.errors import SparkirError
 from sparkir.models.checkpoint import read_metadata, read_weights, save_weights
 from sparkir.models.registry import available, build
@@ -516,6 +518,74 @@ def test_disk_full_while_writing_the_report(project, monkeypatch):
     assert not (project / "run" / "report.json").exists()
 
 
+# Benchmarks -----------------------------------------------------------------------------------
+
+QUICK = ("--size", "16x24", "--repeats", 1, "--threads", 1)
+
+
+def test_bench_of_a_run(finished, project, monkeypatch):
+    """Without OpenVINO and ExecuTorch, whose processes take seconds to start."""
+    monkeypatch.setattr(contenders, "find_spec", lambda name: name == "onnxruntime" or None)
+    before = contents(finished.folder)
+    said = call("bench", finished.folder, *QUICK, "--json", "bench.json")
+    assert said.code == 0, said
+    assert "input 16x24, 1 thread" in said.out
+    values = json.loads((project / "bench.json").read_text())
+    rows = {row["label"]: row for row in values["rows"]}
+    assert {"torch float32", "ONNX Runtime float32", "ONNX Runtime integer"} <= rows.keys()
+    for label in ("torch float32", "ONNX Runtime float32", "ONNX Runtime integer"):
+        assert rows[label]["failure"] == ""
+        assert len(rows[label]["samples_ms"]) == 1
+        assert rows[label]["peak_mib"] > 0
+    integer = rows["ONNX Runtime integer"]
+    size = (finished.folder / "student.onnx").stat().st_size
+    assert integer["contender"]["file_bytes"] == size
+    assert "0/6" in said.out
+    assert "stored in 4 bits" in said.text
+    assert "times as fast as torch float32" in said.out
+    assert contents(finished.folder) == before
+
+
+def test_bench_of_an_exported_file_has_no_twin(finished, project):
+    said = call("bench", finished.folder / "student.onnx", *QUICK)
+    assert said.code == 0, said
+    assert "ONNX Runtime" in said.out
+    assert "torch float32" not in said.out.partition("ms: median")[0]
+    (line,) = [line for line in said.out.splitlines() if line.startswith("not measured: ")]
+    assert "float twin" in line
+    assert "give the run folder" in line
+
+
+def test_bench_names_what_is_not_installed(finished, project, monkeypatch):
+    monkeypatch.setattr(contenders, "find_spec", lambda name: name == "onnxruntime" or None)
+    said = call("bench", finished.folder / "student.onnx", *QUICK)
+    (line,) = [line for line in said.out.splitlines() if line.startswith("not measured: ")]
+    assert 'OpenVINO (pip install "sparkir[openvino]")' in line
+    assert 'ExecuTorch (pip install "sparkir[mobile]")' in line
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        (["gone.onnx"], ["no file gone.onnx", "check the path"]),
+        (["gone.safetensors"], ["no student at gone.safetensors"]),
+        (["edsr"], ["bench takes a run folder", "edsr is none"]),
+        (["train"], ["train is no run folder"]),
+        (["unfinished"], ["is not finished", "--resume"]),
+        (["broken.onnx"], ["broken.onnx is no ONNX file, or is damaged"]),
+        (["train", "--size", "180"], ["--size '180'", "as in 540x960"]),
+        (["train", "--repeats", "0"], ["--repeats 0", "at least 1"]),
+        (["train", "--threads", "0"], ["--threads 0", "at least 1"]),
+        (["train", "--json", "train"], ["--json train is a folder"]),
+    ],
+)
+def test_a_mistake_in_what_to_bench(refused, project, arguments, says):
+    (project / "broken.onnx").write_bytes(b"no model")
+    (project / "unfinished").mkdir()
+    (project / "unfinished" / "recipe.toml").write_text("")
+    refused("bench", *arguments, says=says)
+
+
 # Ctrl-C outside training ----------------------------------------------------------------------
 
 
@@ -829,6 +899,7 @@ COMMANDS = {
         "--max-pixels",
     ],
     "export": ["RUN", "--format", "--out", "--data", "--allow-mismatch"],
+    "bench": ["MODEL", "--size", "--repeats", "--threads", "--json"],
     "check": ["RECIPE", "--set"],
     "models": [],
     "recipes": ["NAME", "--weightings"],

@@ -14,6 +14,7 @@ from types import FrameType
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
+from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.markup import escape
 from rich.progress import (
@@ -31,6 +32,7 @@ from rich.table import Table
 from sparkir.errors import SparkirError
 
 if TYPE_CHECKING:
+    from sparkir.deploy.results import Benchmark
     from sparkir.recipe import Recipe
     from sparkir.restore.network import Restorer
     from sparkir.run import Outcome
@@ -244,6 +246,39 @@ def export(
     _say(escape(f"{path} ({path.stat().st_size / 1024:.0f} KiB)"))
     for line in said:
         _say(escape(line))
+
+
+@app.command()
+def bench(
+    model: Annotated[
+        str, typer.Argument(help="A run folder, a student .safetensors, or an exported .onnx.")
+    ],
+    size: Annotated[
+        list[str] | None,
+        typer.Option(help="Input HxW in pixels. May be repeated. Default: 180x320 and 540x960."),
+    ] = None,
+    repeats: Annotated[int, typer.Option(help="Timed runs of each contender.")] = 7,
+    threads: Annotated[
+        int | None, typer.Option(help="Of every runtime alike. Default: all cores.")
+    ] = None,
+    json_file: Annotated[
+        Path | None, typer.Option("--json", help="Also write every sample to this file.")
+    ] = None,
+) -> None:
+    """Time a model and its float twin in every runtime that is here, side by side."""
+    from sparkir.deploy.bench import plan_of
+    from sparkir.deploy.results import write_json
+    from sparkir.tools import bench_model
+
+    if json_file is not None and json_file.is_dir():
+        raise SparkirError(f"--json {json_file} is a folder; give a file")
+    plan = plan_of(size or (), repeats=repeats, threads=threads)
+    with _display() as shown:
+        benchmark = bench_model(model, plan, shown)
+    _print_benchmark(benchmark)
+    if json_file is not None:
+        write_json(benchmark, json_file)
+        _say(f"written: {escape(str(json_file))}")
 
 
 @app.command()
@@ -480,6 +515,25 @@ def _print_outcome(outcome: Outcome) -> None:
     _say("written:")
     for what, path in outcome.files.items():
         _say(f"  {what:12} {escape(str(path))}")
+
+
+def _print_benchmark(benchmark: Benchmark) -> None:
+    from sparkir.deploy.results import HEADER, MEANING, cells
+
+    for height, width in benchmark.plan.sizes_px:
+        threads = benchmark.plan.threads
+        title = f"input {height}x{width}, {threads} thread{'s' if threads > 1 else ''}"
+        table = Table(title=title, title_justify="left", box=SIMPLE_HEAD, padding=(0, 1, 0, 0))
+        for index, name in enumerate(HEADER):
+            right: dict[str, Any] = {"justify": "right", "no_wrap": True}
+            table.add_column(name, **right if index else {"overflow": "fold"})
+        for row in benchmark.rows:
+            if row.size_px == (height, width):
+                table.add_row(*map(escape, cells(row, benchmark.rows)))
+        out.print(table)
+    _say(escape(MEANING.format(repeats=benchmark.plan.repeats)))
+    if benchmark.absent:
+        _say(f"not measured: {escape('; '.join(benchmark.absent))}")
 
 
 def _print_names(names: dict[str, str]) -> None:

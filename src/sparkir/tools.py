@@ -1,9 +1,11 @@
-"""What the smaller commands do: open any model, evaluate, restore, export, check."""
+"""What the smaller commands do: open any model, evaluate, restore, export, bench, check."""
 
 from __future__ import annotations
 
 import hashlib
 import json
+import pickle
+import tempfile
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -24,6 +26,19 @@ from sparkir.assemble import (
     quantize_student,
 )
 from sparkir.data.pairs import PairStore
+from sparkir.deploy.bench import measure, require_sizes
+from sparkir.deploy.card import Card, read_card
+from sparkir.deploy.contenders import (
+    Contender,
+    executorch_contender,
+    float_contenders,
+    installed,
+    integer_contenders,
+    missing,
+    torch_contenders,
+)
+from sparkir.deploy.onnx import require_onnx, to_float_onnx, to_onnx, write_model
+from sparkir.deploy.results import Benchmark, Plan
 from sparkir.deploy.runtime import RuntimeNetwork
 from sparkir.errors import SparkirError
 from sparkir.evaluate.infer import device_of, evaluating
@@ -31,7 +46,7 @@ from sparkir.evaluate.metrics import Convention
 from sparkir.export import export_onnx
 from sparkir.measure import parity_images
 from sparkir.models.checkpoint import load_weights
-from sparkir.models.facts import facts_of
+from sparkir.models.facts import ModelFacts, facts_of
 from sparkir.models.registry import available, build
 from sparkir.quant.prepare import placement_of
 from sparkir.quant.reference import freeze
@@ -239,6 +254,118 @@ def _measured_before(folder: Path) -> str:
         return ""
     psnr_db, ssim = rows[-1]["psnr_db"], rows[-1]["ssim"]
     return f"PSNR {psnr_db:.2f} dB, SSIM {ssim:.4f} ({values['convention']}; SSIM alike)"
+
+
+def bench_model(model: str, plan: Plan, report: Report) -> Benchmark:
+    """Measure a model and its float twin in every runtime that is here.
+
+    The twin is the float network that the student's recipe names, in its initial weights: values
+    do not change how long it takes. An exported file alone has no recipe, and so no twin.
+
+    Raises:
+        SparkirError: it is no run folder, student or exported file, is not finished or damaged, or
+            cannot take images of a size in the plan.
+    """
+    material = _benchable(Path(model))
+    require_sizes(plan.sizes_px, material.facts)
+    threads = torch.get_num_threads()
+    with tempfile.TemporaryDirectory() as folder:
+        try:
+            contenders, absent = _contenders(material, plan, Path(folder))
+            rows = measure(contenders, material.facts, plan, report)
+        finally:
+            torch.set_num_threads(threads)
+    return Benchmark(model=model, plan=plan, rows=rows, absent=absent + missing())
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Benchable:
+    """What a benchmark can be made of."""
+
+    facts: ModelFacts
+    twin: nn.Module | None = None
+    """The network in floating point."""
+    frozen: GraphModule | None = None
+    """The integer network."""
+    exported: Path | None = None
+    """An .onnx that is there already."""
+
+
+def _benchable(path: Path) -> _Benchable:
+    if path.is_dir():
+        exported = path / "student.onnx"
+        found = _benchable(_finished_student(path))
+        return replace(found, exported=exported if exported.is_file() else None)
+    if path.suffix == ".onnx":
+        return _Benchable(facts=_card_of(path).facts, exported=path)
+    if path.suffix != ".safetensors":
+        raise SparkirError(
+            f"bench takes a run folder, a student .safetensors or an exported .onnx, and {path} "
+            "is none; check the path"
+        )
+    student, recipe = load_student(path)
+    if recipe.quant is None:
+        return _Benchable(facts=facts_of(student), twin=student)
+    twin = build(recipe.student.model, **recipe.student.options).eval()
+    return _Benchable(facts=facts_of(twin), twin=twin, frozen=freeze(cast("GraphModule", student)))
+
+
+def _card_of(path: Path) -> Card:
+    """What an exported file says of itself, whichever runtime is here."""
+    require_onnx()
+    import onnx
+
+    if not path.is_file():
+        raise SparkirError(f"no file {path}; check the path")
+    try:
+        model = onnx.load(path)
+    except Exception as error:  # protobuf's own, which is no public name
+        raise SparkirError(f"{path} is no ONNX file, or is damaged: {error}") from error
+    return read_card({entry.key: entry.value for entry in model.metadata_props}, str(path))
+
+
+def _contenders(
+    material: _Benchable, plan: Plan, folder: Path
+) -> tuple[list[Contender], list[str]]:
+    """Everything that can take part, and what cannot."""
+    contenders: list[Contender] = []
+    absent: list[str] = []
+    if material.twin is not None:
+        contenders += torch_contenders(_saved(material.twin, folder / "twin.pt"))
+    else:
+        absent.append("the float twin and ExecuTorch (give the run folder instead of its .onnx)")
+    try:
+        contenders += _onnx_contenders(material, folder)
+    except SparkirError as error:
+        absent.append(f"ONNX files ({error})")
+    if material.frozen is not None and installed("executorch"):
+        contenders += [executorch_contender(material.frozen, s, folder) for s in plan.sizes_px]
+    return contenders, absent
+
+
+def _saved(network: nn.Module, file: Path) -> Path:
+    try:
+        torch.save(network, file)
+    except (pickle.PicklingError, AttributeError, TypeError) as error:
+        name = facts_of(network).name
+        raise SparkirError(f"{name} cannot be pickled for a child process: {error}") from error
+    return file
+
+
+def _onnx_contenders(material: _Benchable, folder: Path) -> list[Contender]:
+    found: list[Contender] = []
+    if material.twin is not None:
+        write_model(to_float_onnx(material.twin), folder / "twin.onnx")
+        found += float_contenders(folder / "twin.onnx")
+    exported = material.exported
+    if exported is None and material.frozen is not None:
+        exported = folder / "student.onnx"
+        write_model(to_onnx(material.frozen), exported)
+    if exported is None:
+        return found
+    card = _card_of(exported)
+    is_float = card.quantization == "float"
+    return found + (float_contenders(exported) if is_float else integer_contenders(exported, card))
 
 
 def check_recipe(recipe: Recipe, report: Report) -> list[str]:

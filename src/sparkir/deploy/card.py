@@ -26,8 +26,8 @@ class Card:
     facts: ModelFacts
     quantization: str
     """Such as `W8A8`; `float` for a network in floating point."""
-    target: str = "onnxruntime"
-    """What it was trained to run on; a name of `quant.targets`."""
+    target: str = ""
+    """What it was trained to run on; a name of `quant.targets`; empty if the file does not say."""
     recipe: str = ""
     """The name of the recipe that it was trained by."""
     training: str = ""
@@ -55,7 +55,7 @@ class Card:
             ("values", f"black 0, white {facts.value_range:g}"),
             ("sizes", f"at least {facts.min_size_px} px, multiples of {facts.size_multiple}"),
             ("quantization", self.quantization),
-            ("made for", self.target),
+            ("made for", self.target or "not stated"),
             ("measured", self.metrics or "not stated"),
             ("licence of the training images", self.licence or "not stated"),
         ]

@@ -78,7 +78,8 @@ def to_executorch(
     require_executorch()
     facts = facts_of(frozen)
     _require_possible(largest_px, facts)
-    card = Card(facts=facts, quantization=placement_of(frozen).spec.label)
+    spec = placement_of(frozen).spec
+    card = Card(facts=facts, quantization=spec.label, target=spec.target)
     sizes = {"largest_px": largest_px, "fixed_size": fixed_size}
     said = {**card.to_metadata(), **(metadata or {}), _SIZES: json.dumps(sizes)}
     view = to_decomposed(frozen, with_grids=with_grids)

@@ -11,14 +11,15 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import fx
+from torch import fx, nn
 
 from sparkir.data.atomic import atomic_file
 from sparkir.deploy.card import Card
 from sparkir.deploy.pack import make_small
 from sparkir.deploy.qdq import grid_calls, to_qdq
 from sparkir.errors import SparkirError
-from sparkir.models.facts import facts_of
+from sparkir.evaluate.infer import evaluating
+from sparkir.models.facts import ModelFacts, facts_of
 from sparkir.quant.prepare import example_px, placement_of
 
 if TYPE_CHECKING:
@@ -50,14 +51,43 @@ def to_onnx(frozen: fx.GraphModule, metadata: Mapping[str, str] | None = None) -
         SparkirError: the ONNX packages are not installed.
     """
     require_onnx()
-    import onnx
+    view = to_qdq(frozen)
+    model = _exported(view, facts_of(frozen), _translations())
+    _name_after_grids(model, view)
+    make_small(model)
+    spec = placement_of(frozen).spec
+    card = Card(facts=facts_of(frozen), quantization=spec.label, target=spec.target)
+    return _finished(model, {**card.to_metadata(), **(metadata or {})})
 
-    facts = facts_of(frozen)
+
+def to_float_onnx(network: nn.Module) -> onnx.ModelProto:
+    """The ONNX model of a network in floating point, with dynamic batch, height and width.
+
+    Input and output are those of `to_onnx`. The network runs in evaluation mode and keeps the mode
+    it had.
+
+    Raises:
+        SparkirError: the ONNX packages are not installed, or the network cannot be exported.
+    """
+    require_onnx()
+    facts = facts_of(network)
+    try:
+        with evaluating(network):
+            model = _exported(network, facts, {})
+    except (RuntimeError, ValueError, TypeError) as error:
+        reason = str(error).strip().partition("\n")[0]
+        raise SparkirError(f"{facts.name} cannot be exported to ONNX: {reason}") from error
+    return _finished(model, Card(facts=facts, quantization="float").to_metadata())
+
+
+def _exported(
+    view: nn.Module, facts: ModelFacts, translations: dict[Any, Callable[..., Any]]
+) -> onnx.ModelProto:
+    """What torch's exporter makes of a network, without its notes."""
     size = torch.export.Dim.DYNAMIC
     height = example_px(facts, at_least=EXAMPLE_PX)
     width = example_px(facts, at_least=height + 8)
     example = torch.zeros(2, facts.channels, height, width)
-    view = to_qdq(frozen)
     with _quiet():
         program = torch.onnx.export(
             view,
@@ -67,17 +97,20 @@ def to_onnx(frozen: fx.GraphModule, metadata: Mapping[str, str] | None = None) -
             input_names=["lq"],
             output_names=["restored"],
             dynamic_shapes=({0: size, 2: size, 3: size},),
-            custom_translation_table=_translations(),
+            custom_translation_table=translations,
             verbose=False,
         )
     assert program is not None
-    model = program.model_proto
+    model: onnx.ModelProto = program.model_proto
     _strip_traces(model)
-    _name_after_grids(model, view)
-    make_small(model)
-    spec = placement_of(frozen).spec
-    card = Card(facts=facts, quantization=spec.label, target=spec.target)
-    onnx.helper.set_model_props(model, {**card.to_metadata(), **(metadata or {})})
+    return model
+
+
+def _finished(model: onnx.ModelProto, metadata: Mapping[str, str]) -> onnx.ModelProto:
+    """The same model, which says what it is, checked."""
+    import onnx
+
+    onnx.helper.set_model_props(model, dict(metadata))
     onnx.checker.check_model(model, full_check=True)
     return model
 
