@@ -44,6 +44,7 @@ FAILURES = [
     RuntimeError("[ONNXRuntimeError] : 6 : Failed to allocate memory for requested buffer"),
     RuntimeError("bad allocation"),
     RuntimeError("Exception from src/inference/x.cpp: std::bad_alloc"),
+    RuntimeError("[CPU] Add node with name 'node_add_50' can't alloc"),
 ]
 
 

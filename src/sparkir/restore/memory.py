@@ -17,7 +17,7 @@ _UNKNOWN = 2 * 10**9  # free bytes, where the system does not say
 # What ONNX Runtime, OpenVINO, torch and the C++ library say.
 _NO_MEMORY = re.compile(
     r"bad[_ ]?alloc|out of memory|not enough memory"
-    r"|(fail(ed|ure)?|cannot|can't|could not|unable|not able) (to )?allocate",
+    r"|(fail(ed|ure)?|cannot|can't|could not|unable|not able) (to )?alloc(ate)?\b",
     re.IGNORECASE,
 )
 
