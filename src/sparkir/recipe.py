@@ -66,8 +66,8 @@ class Network(_Section):
 class Distill(_Section):
     """What the student is pulled to besides the ground truth."""
 
-    norm: Literal["l1", "mse"] = "mse"
-    """Distance between the outputs."""
+    norm: Literal["l1", "mse", "matched"] = "mse"
+    """Distance between the outputs; `matched` is a squared error that pulls as hard as an L1."""
     strength: Annotated[float, Field(gt=0)] = 1.0
     """Factor of the distillation loss."""
     target: Literal["teacher", "truth"] = "teacher"
