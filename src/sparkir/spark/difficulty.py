@@ -40,10 +40,10 @@ def difficulty_maps(
     luma = _luma(target)
     return torch.cat(
         [
-            _cells(_laplacian(luma), grid).var(-1, unbiased=False),
-            _cells(luma, grid).var(-1, unbiased=False),
-            _cells((student - target).abs().mean(1, keepdim=True), grid).mean(-1),
-            _cells((teacher - student).abs().mean(1, keepdim=True), grid).mean(-1),
+            to_cells(_laplacian(luma), grid).var(-1, unbiased=False),
+            to_cells(luma, grid).var(-1, unbiased=False),
+            to_cells((student - target).abs().mean(1, keepdim=True), grid).mean(-1),
+            to_cells((teacher - student).abs().mean(1, keepdim=True), grid).mean(-1),
         ],
         dim=1,
     )
@@ -65,7 +65,7 @@ def _laplacian(image: Float[Tensor, "b 1 h w"]) -> Float[Tensor, "b 1 h w"]:
     return across + down - 4 * image
 
 
-def _cells(image: Float[Tensor, "b 1 h w"], grid: int) -> Float[Tensor, "b 1 g g n"]:
+def to_cells(image: Float[Tensor, "b 1 h w"], grid: int) -> Float[Tensor, "b 1 g g n"]:
     """The pixels of each cell. Sides that G does not divide are completed by their border."""
     height, width = image.shape[-2:]
     padded = F.pad(image.float(), (0, -width % grid, 0, -height % grid), mode="replicate")

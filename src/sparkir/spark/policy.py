@@ -30,12 +30,14 @@ class Policy(nn.Module):
     unspecified in the paper: widths, activations, that sigma is one number, and where mu starts.
     """
 
-    def __init__(self, channels: int = 4, *, width: int = 16, sigma: float = 0.2) -> None:
-        """Start with mu = 0.5 in every cell, whatever the features."""
+    def __init__(
+        self, channels: int = 4, *, width: int = 16, sigma: float = 0.2, start: float = 0.5
+    ) -> None:
+        """Start with mu = `start` in every cell, whatever the features."""
         super().__init__()
         last = nn.Conv2d(width, 1, 3, padding=1)
         nn.init.zeros_(last.weight)
-        nn.init.constant_(last.bias, 0.5)  # type: ignore[arg-type]
+        nn.init.constant_(last.bias, start)  # type: ignore[arg-type]
         self.body = nn.Sequential(
             nn.Conv2d(channels, width, 3, padding=1),
             nn.ReLU(),

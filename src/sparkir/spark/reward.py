@@ -16,7 +16,6 @@ from sparkir.spark.difficulty import _luma
 _SSIM_WINDOW_PX, _SSIM_SIGMA_PX = 11, 1.5
 
 
-@torch.no_grad()
 def psnr_db(
     image: Float[Tensor, "b c h w"], target: Float[Tensor, "b c h w"]
 ) -> Float[Tensor, " b"]:
@@ -25,7 +24,6 @@ def psnr_db(
     return -10 * error.clamp_min(1e-10).log10()
 
 
-@torch.no_grad()
 def ssim(image: Float[Tensor, "b c h w"], target: Float[Tensor, "b c h w"]) -> Float[Tensor, " b"]:
     """SSIM of each image's luma, 11 x 11 Gaussian window, values in [0, 1]."""
     a, b = _luma(image).double(), _luma(target).double()
@@ -45,6 +43,7 @@ def ssim(image: Float[Tensor, "b c h w"], target: Float[Tensor, "b c h w"]) -> F
     return (luminance * structure).mean(dim=(1, 2, 3))
 
 
+@torch.no_grad()
 def reward(
     with_weights: Float[Tensor, "b c h w"],
     without: Float[Tensor, "b c h w"],

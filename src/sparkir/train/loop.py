@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from sparkir.distill.task import DistillationTask, StepLosses
 from sparkir.errors import SparkirError
+from sparkir.spark.credit import cell_credit
 from sparkir.spark.reward import reward, undone
 from sparkir.spark.weighting import Weighting
 from sparkir.train.optimize import Schedule, rate_factor, set_rates
@@ -83,6 +84,8 @@ def train(
             losses = task(lq, gt)
         loss = losses.total()
 
+        if weighting.wants_credit_at(step) and losses.distance is not None:
+            _learn_credit(weighting, losses, task, lq, gt, trained, settings, step, report)
         learning = weighting.learns_at(step) and losses.distance is not None
         if learning:  # the same step without spatial allocation, taken and undone
             other = torch.autograd.grad(
@@ -181,6 +184,34 @@ def _output(task: DistillationTask, lq: Tensor, settings: LoopSettings) -> Tenso
     for buffer, value in zip(buffers, before, strict=True):
         buffer.copy_(value)
     return output
+
+
+def _learn_credit(
+    weighting: Weighting,
+    losses: StepLosses,
+    task: DistillationTask,
+    lq: Tensor,
+    gt: Tensor,
+    trained: list[Tensor],
+    settings: LoopSettings,
+    step: int,
+    report: Report,
+) -> None:
+    """Credit the cells of W, before the step is taken."""
+    assert losses.teacher is not None
+    credit = cell_credit(
+        lambda images: _output(task, images, settings),
+        trained,
+        lq,
+        output=losses.output,
+        teacher=losses.teacher,
+        target=gt,
+        alpha=weighting.alpha,
+        beta=weighting.beta,
+        grid=weighting.grid,
+        reach=weighting.reach,
+    )
+    report({"kind": "policy", "step": step} | weighting.learn_credit(credit))
 
 
 def _learn(
