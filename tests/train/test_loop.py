@@ -40,6 +40,14 @@ KINDS = {
         "options": {"reward_every": 3},
     },
     "w4a4 random": {"source": "random", "bits": 4},
+    "fitnet": {"name": "fitnet", "ema": 0.5},
+    "w4a4 fitnet, spark": {
+        "name": "fitnet",
+        "source": "spark-paper",
+        "bits": 4,
+        "clip_norm": 0.1,
+        "options": {"reward_every": 2},
+    },
 }
 
 
