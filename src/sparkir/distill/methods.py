@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from typing import Any
 
+from sparkir.distill.at import AT
 from sparkir.distill.fitnet import FitNet
 from sparkir.distill.kd import KD
 from sparkir.distill.method import Method, Setting
 
-_OTHERS: dict[str, type[Method]] = {"fitnet": FitNet}
+_OTHERS: dict[str, type[Method]] = {"fitnet": FitNet, "at": AT}
 
 
 def methods() -> tuple[str, ...]:
