@@ -8,8 +8,9 @@ from sparkir.distill.at import AT
 from sparkir.distill.fitnet import FitNet
 from sparkir.distill.kd import KD
 from sparkir.distill.method import Method, Setting
+from sparkir.distill.skt import SKT
 
-_OTHERS: dict[str, type[Method]] = {"fitnet": FitNet, "at": AT}
+_OTHERS: dict[str, type[Method]] = {"fitnet": FitNet, "at": AT, "skt": SKT}
 
 
 def methods() -> tuple[str, ...]:
