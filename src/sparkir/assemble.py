@@ -19,6 +19,9 @@ from sparkir.data.degrade import BicubicDownscale, Degradation, GaussianNoise, J
 from sparkir.data.images import find_images
 from sparkir.data.pairs import PairStore, PatchSampler
 from sparkir.data.photographs import photographs
+from sparkir.distill.method import Setting
+from sparkir.distill.methods import method
+from sparkir.distill.task import DistillationTask
 from sparkir.errors import SparkirError
 from sparkir.evaluate.infer import device_of, evaluating
 from sparkir.evaluate.metrics import Convention, ssim
@@ -206,6 +209,35 @@ class Materials:
     crops: list[Tensor]
 
 
+def task_of(
+    recipe: Recipe, student: nn.Module, source: Weighting, materials: Materials
+) -> DistillationTask:
+    """The losses of a recipe: its student under its teacher, by its method and weighting.
+
+    Raises:
+        SparkirError: the method cannot compare these two networks.
+    """
+    if recipe.distill is None:
+        return DistillationTask(student, weighting=source)
+    assert materials.teacher is not None
+    setting = Setting(
+        student=student,
+        teacher=materials.teacher,
+        examples=materials.crops,
+        steps=recipe.train.steps,
+    )
+    choice = recipe.distill
+    return DistillationTask(
+        student,
+        materials.teacher,
+        weighting=source,
+        method=method(choice.method, setting, factor=choice.feature_strength),
+        norm=choice.norm,
+        strength=choice.strength,
+        target=choice.target,
+    )
+
+
 def gather(recipe: Recipe, report: Report = silent) -> Materials:
     """Build the networks, open the data, and make sure that they fit.
 
@@ -226,10 +258,15 @@ def gather(recipe: Recipe, report: Report = silent) -> Materials:
     train_pairs = open_pairs(recipe.data, recipe.data.train, report)
     test_pairs = open_pairs(recipe.data, recipe.data.test, report)
     _require_measurable(test_pairs, convention_of(recipe))
-    crops = calibration_crops(train_pairs, recipe)
-    return Materials(
-        train=train_pairs, test=test_pairs, teacher=teacher, student=student, crops=crops
+    materials = Materials(
+        train=train_pairs,
+        test=test_pairs,
+        teacher=teacher,
+        student=student,
+        crops=calibration_crops(train_pairs, recipe),
     )
+    task_of(recipe, student, weighting_of(recipe.weighting), materials)
+    return materials
 
 
 @torch.no_grad()

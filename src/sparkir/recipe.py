@@ -10,7 +10,15 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import tomli_w
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    ValidationError,
+    ValidationInfo,
+    field_validator,
+    model_validator,
+)
 
 from sparkir.errors import SparkirError
 from sparkir.quant.spec import QuantSpec
@@ -66,12 +74,34 @@ class Network(_Section):
 class Distill(_Section):
     """What the student is pulled to besides the ground truth."""
 
+    method: Literal["kd", "fitnet", "at", "skt", "fakd"] = "kd"
+    """What is imitated besides the teacher's output: nothing, or features."""
     norm: Literal["l1", "mse", "matched"] = "mse"
     """Distance between the outputs; `matched` is a squared error that pulls as hard as an L1."""
-    strength: Annotated[float, Field(gt=0)] = 1.0
-    """Factor of the distillation loss."""
+    strength: Annotated[float, Field(ge=0)] = 1.0
+    """Factor of that distance; 0, beside a method of features, leaves it out."""
     target: Literal["teacher", "truth"] = "teacher"
     """`truth` is the control: the same loss without a teacher's knowledge."""
+    feature_strength: Annotated[float, Field(gt=0)] | None = None
+    """Factor of the method's own first term, the others in proportion; left out as published."""
+
+    @field_validator("strength")
+    @classmethod
+    def _imitates_something(cls, strength: float, info: ValidationInfo) -> float:
+        if strength == 0 and info.data.get("method", "kd") == "kd":
+            raise ValueError("0 leaves nothing to imitate; give a larger one, or a distill.method")
+        return strength
+
+    @model_validator(mode="after")
+    def _fits_the_method(self) -> Distill:
+        if self.method != "kd" and self.target == "truth":
+            raise ValueError(
+                f'{self.method} imitates features, which the truth has none of; target = "truth" '
+                'goes with method = "kd"'
+            )
+        if self.method == "kd" and self.feature_strength is not None:
+            raise ValueError('feature_strength is of a method of features; method = "kd" has none')
+        return self
 
 
 class WeightingChoice(_Section):

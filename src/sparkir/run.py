@@ -28,6 +28,7 @@ from sparkir.assemble import (
     quantize_student,
     save_student,
     silent,
+    task_of,
     weighting_of,
 )
 from sparkir.data.atomic import atomic_file
@@ -35,6 +36,7 @@ from sparkir.data.codec import one_line
 from sparkir.data.images import write_png
 from sparkir.data.pairs import PatchSampler
 from sparkir.deploy.parity import Parity
+from sparkir.distill.methods import title
 from sparkir.distill.task import DistillationTask
 from sparkir.errors import SparkirError
 from sparkir.evaluate.benchmark import evaluate, mean
@@ -92,16 +94,12 @@ def train_student(
     if recipe.quant is not None:
         student = quantize_student(student, recipe.quant, materials.crops)
     source = weighting_of(recipe.weighting).to(device_of(student))
-    task = DistillationTask(
-        student,
-        materials.teacher if recipe.distill else None,
-        weighting=source,
-        **({} if recipe.distill is None else recipe.distill.model_dump()),
-    )
+    task = task_of(recipe, student, source, materials)
     state = TrainState(
         student=student,
         weighting=source,
-        optimizer=_optimizer(recipe, student),
+        method=task.method,
+        optimizer=_optimizer(recipe, task),
         sampler=PatchSampler(
             materials.train,
             patch_px=recipe.data.patch_px,
@@ -128,13 +126,14 @@ def train_student(
     return Trained(name=method_name(recipe), student=result.eval(), weighting=source.eval())
 
 
-def _optimizer(recipe: Recipe, student: nn.Module) -> torch.optim.Optimizer:
+def _optimizer(recipe: Recipe, task: DistillationTask) -> torch.optim.Optimizer:
     return build_optimizer(
-        student,
+        task.student,
         name=recipe.train.optimizer,
         learning_rate=recipe.train.learning_rate,
         grid_learning_rate=recipe.train.grid_learning_rate,
         weight_decay=recipe.train.weight_decay,
+        beside=task.method.parameters(),
     )
 
 
@@ -157,9 +156,11 @@ def method_name(recipe: Recipe) -> str:
     """What the recipe's own method is called in tables."""
     if recipe.distill is None:
         return "float" if recipe.quant is None else "QAT"
-    if recipe.weighting.name.startswith("spark"):
-        return "SPARK" if recipe.weighting.name == "spark" else "SPARK (paper)"
-    return "QAT + KD" + ("" if recipe.weighting.name == "uniform" else f", {recipe.weighting.name}")
+    method, weighting = recipe.distill.method, recipe.weighting.name
+    if weighting.startswith("spark"):
+        name = "SPARK" if weighting == "spark" else "SPARK (paper)"
+        return name if method == "kd" else f"{name} on {title(method)}"
+    return f"QAT + {title(method)}" + ("" if weighting == "uniform" else f", {weighting}")
 
 
 def qat_only(recipe: Recipe) -> Recipe:

@@ -17,6 +17,8 @@ from torch import nn
 
 from sparkir.data.degrade import bicubic_resize
 from sparkir.data.pairs import PairStore, PatchSampler
+from sparkir.distill.method import Setting
+from sparkir.distill.methods import method
 from sparkir.distill.task import DistillationTask
 from sparkir.models.edsr import EDSR
 from sparkir.quant.calibrate import calibrate
@@ -94,6 +96,7 @@ def small_run(
     options: dict[str, Any] | None = None,
     learning_rate: float = 1e-3,
     optimizer: str = "adam",
+    name: str = "kd",
     **settings: Any,
 ) -> Run:
     """Put a run together; `seed` is of the student and all that is drawn, not of the teacher."""
@@ -104,21 +107,29 @@ def small_run(
     random.seed(seed)
     student: nn.Module = EDSR(scale=2, width=4, blocks=1)
     data = pairs()
+    crops = PatchSampler(data, patch_px=12, batch=4, seed=seed + 1).next()[0].float()
     if bits is not None:
         student = prepare(student, QuantSpec(weight_bits=bits, activation_bits=bits))
-        crops = PatchSampler(data, patch_px=12, batch=4, seed=seed + 1)
-        calibrate(student, [crops.next()[0].float()])
+        calibrate(student, [crops])
     weights = weighting(source, **(options or {}))
-    task = DistillationTask(student, teacher if distill else None, weighting=weights)
+    setting = Setting(student=student, teacher=teacher, examples=[crops / 255], steps=steps)
+    task = DistillationTask(
+        student,
+        teacher if distill else None,
+        weighting=weights,
+        method=method(name, setting),
+    )
     state = TrainState(
         student=student,
         weighting=weights,
+        method=task.method,
         optimizer=build_optimizer(
             student,
             name=optimizer,
             learning_rate=learning_rate,
             grid_learning_rate=2e-3,
             weight_decay=1e-4,
+            beside=task.method.parameters(),
         ),
         sampler=PatchSampler(data, patch_px=8, batch=2, seed=seed),
         average=build_average(student, ema),

@@ -89,6 +89,19 @@ _SMALLEST_ODD = 128
 Value = Tensor | Quantized | Accumulated | Sum | Product
 
 
+def real_values(value: Value) -> Tensor:
+    """What a value between layers stands for; sums and products as they are before their grid."""
+    match value:
+        case Quantized() | Accumulated():
+            return value.dequantize()
+        case Sum(a, b):
+            return a.dequantize() + b.dequantize()
+        case Product(a, b):
+            return a.dequantize() * b.dequantize()
+        case _:
+            return value
+
+
 class _RoundToGrid(torch.autograd.Function):
     """clamp(round(x * step or x / step), low, high), rounding passed straight through.
 

@@ -13,7 +13,7 @@ of this image's own noise.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 
 import torch
@@ -26,7 +26,7 @@ from sparkir.spark.reward import psnr_db, ssim
 
 def cell_credit(
     student: Callable[[Tensor], Tensor],
-    parameters: Sequence[Tensor],
+    parameters: Iterable[Tensor],
     lq: Float[Tensor, "b c h w"],
     *,
     output: Float[Tensor, "b c H W"],
@@ -69,7 +69,7 @@ def cell_credit(
 
 @contextmanager
 def _moved(
-    weights: Sequence[Tensor], direction: Sequence[Tensor | None], reach: float
+    weights: Iterable[Tensor], direction: Iterable[Tensor | None], reach: float
 ) -> Iterator[None]:
     """Each tensor moved along its direction by `reach` of its own size, inside only."""
     # Through .data, which autograd does not watch: it would refuse the backward pass that is still

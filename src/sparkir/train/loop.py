@@ -57,7 +57,7 @@ def train(
 
     Args:
         task: the losses.
-        state: advanced in place; holds the same student and weighting as `task`.
+        state: advanced in place; holds the same student, weighting and method as `task`.
         settings: how long and how often.
         checkpoint: where the state is saved, and a second file `best.pt` beside it.
         evaluate: PSNR in dB of a network on the validation images.
@@ -84,9 +84,9 @@ def train(
             losses = task(lq, gt)
         loss = losses.total()
 
-        if weighting.wants_credit_at(step) and losses.distance is not None:
+        if weighting.wants_credit_at(step) and losses.weights is not None:
             _learn_credit(weighting, losses, task, lq, gt, trained, settings, step, report)
-        learning = weighting.learns_at(step) and losses.distance is not None
+        learning = weighting.learns_at(step) and losses.weights is not None
         if learning:  # the same step without spatial allocation, taken and undone
             other = torch.autograd.grad(
                 losses.total_without_allocation(), trained, retain_graph=True, allow_unused=True
@@ -239,6 +239,9 @@ def _summary(
         "gradient_norm": norm,
         "learning_rate": optimizer.param_groups[0]["lr"],
     }
+    parts = losses.parts()
+    if len(parts) > 1:
+        summary |= {f"distillation_{name}": float(loss.detach()) for name, loss in parts.items()}
     if losses.weights is not None:
         summary["mean_weight"] = float(losses.weights.mean())
         summary["weight_deviation"] = float(losses.weights.std())
