@@ -5,13 +5,20 @@ from __future__ import annotations
 from typing import Any
 
 from sparkir.distill.at import AT
+from sparkir.distill.blocks import Blocks
 from sparkir.distill.fakd import FAKD
 from sparkir.distill.fitnet import FitNet
 from sparkir.distill.kd import KD
 from sparkir.distill.method import Method, Setting
 from sparkir.distill.skt import SKT
 
-_OTHERS: dict[str, type[Method]] = {"fitnet": FitNet, "at": AT, "skt": SKT, "fakd": FAKD}
+_OTHERS: dict[str, type[Method]] = {
+    "fitnet": FitNet,
+    "at": AT,
+    "skt": SKT,
+    "fakd": FAKD,
+    "blocks": Blocks,
+}
 
 
 def methods() -> tuple[str, ...]:
