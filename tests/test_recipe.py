@@ -287,6 +287,7 @@ class TestInconsistent:
                 'the truth has none of; target = "truth" goes with method = "kd"',
             ),
             ({"distill.feature_strength": 0.1}, 'method = "kd" has none'),
+            ({"distill.encoder": "a.b:c"}, 'encoder goes with method = "dckd"'),
         ],
     )
     def test_message_says_what_to_do(self, change, fix):

@@ -218,6 +218,19 @@ def test_a_projection_is_trained_kept_and_no_part_of_the_student(finished, proje
     assert len(nodes) == len(to_onnx(finished.frozen).graph.node)
 
 
+def test_the_report_says_what_a_method_looked_with(project):
+    """The method's result depends on its encoder, which its name does not tell."""
+    changes = {"distill.method": "dckd", "train.steps": 1, "baselines": []}
+    write_recipe(project / "dckd.toml", changes, without=["quant", "weighting"])
+    said = call("distill", "dckd.toml", "--out", "run")
+    assert said.code == 0, said
+    (event,) = [e for e in read_events(project / "run/events.jsonl") if e["kind"] == "method"]
+    assert "fixed random convolutions of 5 levels (no VQGAN)" in event["remark"]
+    assert event["remark"] in said.text
+    assert f"{event['remark']}.\n" in (project / "run/report.md").read_text()
+    assert report_of(project / "run")["remark"] == event["remark"]
+
+
 def test_networks_that_a_method_cannot_compare_are_refused_before_training(project):
     (project / "bare.py").write_text(
         "from torch import nn\nfrom sparkir.models.facts import ModelFacts\n"

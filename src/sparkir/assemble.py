@@ -227,11 +227,12 @@ def task_of(
         steps=recipe.train.steps,
     )
     choice = recipe.distill
+    options = {"encoder": choice.encoder} if choice.encoder else {}
     return DistillationTask(
         student,
         materials.teacher,
         weighting=source,
-        method=method(choice.method, setting, factor=choice.feature_strength),
+        method=method(choice.method, setting, factor=choice.feature_strength, **options),
         norm=choice.norm,
         strength=choice.strength,
         target=choice.target,

@@ -510,6 +510,8 @@ def _print_outcome(outcome: Outcome) -> None:
     for row in outcome.rows:
         table.add_row(*map(escape, cells(row)))
     out.print(table)
+    if outcome.remark:
+        _say(escape(outcome.remark))
     if outcome.parity is not None:
         _say(f"export: {escape(outcome.parity.summary())}")
     _say("written:")

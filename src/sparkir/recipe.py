@@ -74,7 +74,7 @@ class Network(_Section):
 class Distill(_Section):
     """What the student is pulled to besides the ground truth."""
 
-    method: Literal["kd", "fitnet", "at", "skt", "fakd", "blocks"] = "kd"
+    method: Literal["kd", "fitnet", "at", "skt", "fakd", "blocks", "dckd"] = "kd"
     """What is imitated besides the teacher's output: nothing, or features."""
     norm: Literal["l1", "mse", "matched"] = "mse"
     """Distance between the outputs; `matched` is a squared error that pulls as hard as an L1."""
@@ -84,6 +84,10 @@ class Distill(_Section):
     """`truth` is the control: the same loss without a teacher's knowledge."""
     feature_strength: Annotated[float, Field(gt=0)] | None = None
     """Factor of the method's own first term, the others in proportion; left out as published."""
+
+    encoder: str = ""
+    """For dckd: what it looks at images with, as `package.module:function`; left out, fixed random
+    convolutions in the place of the published VQGAN."""
 
     @field_validator("strength")
     @classmethod
@@ -101,6 +105,8 @@ class Distill(_Section):
             )
         if self.method == "kd" and self.feature_strength is not None:
             raise ValueError('feature_strength is of a method of features; method = "kd" has none')
+        if self.method != "dckd" and self.encoder:
+            raise ValueError(f'{self.method} has no encoder; encoder goes with method = "dckd"')
         return self
 
 

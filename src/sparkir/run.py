@@ -73,6 +73,8 @@ class Trained:
     student: nn.Module
     """The moving average if the recipe keeps one, else the last student; evaluation mode."""
     weighting: Weighting
+    remark: str = ""
+    """What its name does not say of the method, such as which encoder it used."""
 
 
 def train_student(
@@ -108,6 +110,9 @@ def train_student(
         ),
         average=build_average(student, recipe.train.ema),
     )
+    remark = task.method.describe()
+    if remark:
+        report({"kind": "method", "remark": remark})
     checkpoint = folder / "last.pt"
     if checkpoint.exists():
         state.load(checkpoint)
@@ -123,7 +128,9 @@ def train_student(
         stop_requested=stop_requested,
     )
     result = student if state.average is None else state.average.module
-    return Trained(name=method_name(recipe), student=result.eval(), weighting=source.eval())
+    return Trained(
+        name=method_name(recipe), student=result.eval(), weighting=source.eval(), remark=remark
+    )
 
 
 def _optimizer(recipe: Recipe, task: DistillationTask) -> torch.optim.Optimizer:
@@ -182,6 +189,8 @@ class Outcome:
     """What each file is -> where it is."""
     parity: Parity | None
     """None for a run in floating point."""
+    remark: str = ""
+    """What the name of the recipe's method does not say."""
 
 
 def distill(
@@ -340,6 +349,7 @@ def _finish(
         convention=convention_of(recipe),
         files=files | {"events": folder / "events.jsonl", "recipe": folder / "recipe.toml"},
         parity=None if exported is None else exported.parity,
+        remark=own.remark,
     )
     _write_report(outcome, recipe)
     report({"kind": "done", "rows": [row.as_values() for row in outcome.rows]})
@@ -365,6 +375,8 @@ def _write_report(outcome: Outcome, recipe: Recipe) -> None:
     """report.md for people, report.json for programs."""
     caption = f"{recipe.name}, seed {recipe.seed}. {outcome.convention.label}; SSIM alike."
     parts = [f"# {recipe.name}\n", to_markdown(outcome.rows, caption)]
+    if outcome.remark:
+        parts.append(f"{outcome.remark}.\n")
     if outcome.parity is not None:
         parts.append(f"Export: {outcome.parity.summary()}.\n")
     _write_text(outcome.files["table"], "\n".join(parts))
@@ -373,6 +385,7 @@ def _write_report(outcome: Outcome, recipe: Recipe) -> None:
         "versions": versions(),
         "convention": outcome.convention.label,
         "rows": [row.as_values() for row in outcome.rows],
+        "remark": outcome.remark,
         "export": None if outcome.parity is None else outcome.parity.summary(),
     }
     _write_text(outcome.folder / "report.json", json.dumps(values, indent=1))

@@ -81,11 +81,11 @@ def seen(
     gt: Tensor | None = None,
 ) -> Seen:
     """What a method sees, made up."""
-    image = torch.zeros(1, 3, 2, 2)
+    image = torch.zeros(1, 3, 2, 2) if output is None else output
     return Seen(
         lq=image if lq is None else lq,
         gt=image if gt is None else gt,
-        output=image if output is None else output,
+        output=image,
         teacher_output=image if teacher_output is None else teacher_output,
         student_features=tuple(student),
         teacher_features=tuple(teacher),

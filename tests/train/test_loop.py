@@ -41,6 +41,8 @@ KINDS = {
     },
     "w4a4 random": {"source": "random", "bits": 4},
     "fitnet": {"name": "fitnet", "ema": 0.5},
+    "w4a4 dckd": {"name": "dckd", "bits": 4, "ema": 0.5},
+    "dckd, spark": {"name": "dckd", "source": "spark-paper", "options": {"reward_every": 3}},
     "w4a4 fitnet, spark": {
         "name": "fitnet",
         "source": "spark-paper",

@@ -6,6 +6,7 @@ from typing import Any
 
 from sparkir.distill.at import AT
 from sparkir.distill.blocks import Blocks
+from sparkir.distill.dckd import DCKD
 from sparkir.distill.fakd import FAKD
 from sparkir.distill.fitnet import FitNet
 from sparkir.distill.kd import KD
@@ -18,6 +19,7 @@ _OTHERS: dict[str, type[Method]] = {
     "skt": SKT,
     "fakd": FAKD,
     "blocks": Blocks,
+    "dckd": DCKD,
 }
 
 
@@ -26,19 +28,20 @@ def methods() -> tuple[str, ...]:
     return ("kd", *_OTHERS)
 
 
-def method(name: str, setting: Setting, *, factor: float | None = None) -> Method:
+def method(name: str, setting: Setting, *, factor: float | None = None, **options: str) -> Method:
     """A method by name.
 
     Args:
         name: one of `methods()`.
         setting: the networks, example images and the length of the training.
         factor: of its own first term, other terms in proportion; None as published.
+        options: what this method alone takes.
 
     Raises:
         KeyError: no such method.
         SparkirError: it cannot compare these two networks.
     """
-    made: Method = KD() if name == "kd" else _kind(name)(setting, factor=factor)
+    made: Method = KD() if name == "kd" else _kind(name)(setting, factor=factor, **options)
     return made
 
 

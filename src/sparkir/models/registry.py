@@ -95,7 +95,7 @@ def _is_number(value: object) -> bool:
 
 
 def _build_external(name: str, options: Mapping[str, Any]) -> nn.Module:
-    function = _find_function(name)
+    function = find_function(name, "network")
     parameters = inspect.signature(function).parameters
     takes_facts = "facts" in parameters
     passed = {key: value for key, value in options.items() if key != "facts" or takes_facts}
@@ -116,13 +116,18 @@ def _build_external(name: str, options: Mapping[str, Any]) -> nn.Module:
     return network
 
 
-def _find_function(name: str) -> Callable[..., object]:
+def find_function(name: str, what: str) -> Callable[..., object]:
+    """The function that `package.module:function` names; errors speak of the `what` it makes.
+
+    Raises:
+        SparkirError: there is no such module or function.
+    """
     module_name, _, function_name = name.partition(":")
     try:
         module = importlib.import_module(module_name)
     except ModuleNotFoundError as error:
         raise SparkirError(
-            f"cannot import {error.name!r} for the network {name!r}; "
+            f"cannot import {error.name!r} for the {what} {name!r}; "
             "install it or add its folder to PYTHONPATH"
         ) from error
     except (ValueError, TypeError) as error:  # an empty or relative module name
