@@ -74,7 +74,7 @@ class Network(_Section):
 class Distill(_Section):
     """What the student is pulled to besides the ground truth."""
 
-    method: Literal["kd", "fitnet", "at", "skt", "fakd", "blocks", "dckd"] = "kd"
+    method: Literal["kd", "fitnet", "at", "skt", "fakd", "blocks", "dckd", "slkd"] = "kd"
     """What is imitated besides the teacher's output: nothing, or features."""
     norm: Literal["l1", "mse", "matched"] = "mse"
     """Distance between the outputs; `matched` is a squared error that pulls as hard as an L1."""

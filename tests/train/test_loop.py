@@ -43,6 +43,13 @@ KINDS = {
     "fitnet": {"name": "fitnet", "ema": 0.5},
     "w4a4 dckd": {"name": "dckd", "bits": 4, "ema": 0.5},
     "dckd, spark": {"name": "dckd", "source": "spark-paper", "options": {"reward_every": 3}},
+    "slkd": {"name": "slkd"},
+    "w4a4 fakd, spark": {
+        "name": "fakd",
+        "source": "spark-paper",
+        "bits": 4,
+        "options": {"reward_every": 3},
+    },
     "w4a4 fitnet, spark": {
         "name": "fitnet",
         "source": "spark-paper",

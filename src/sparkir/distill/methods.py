@@ -12,6 +12,7 @@ from sparkir.distill.fitnet import FitNet
 from sparkir.distill.kd import KD
 from sparkir.distill.method import Method, Setting
 from sparkir.distill.skt import SKT
+from sparkir.distill.slkd import SLKD
 
 _OTHERS: dict[str, type[Method]] = {
     "fitnet": FitNet,
@@ -20,6 +21,7 @@ _OTHERS: dict[str, type[Method]] = {
     "fakd": FAKD,
     "blocks": Blocks,
     "dckd": DCKD,
+    "slkd": SLKD,
 }
 
 
