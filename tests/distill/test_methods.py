@@ -1,6 +1,7 @@
 """What every method owes the training loop, whatever it computes."""
 
 import copy
+import dataclasses
 import inspect
 from typing import get_args
 
@@ -216,3 +217,11 @@ def test_the_loop_knows_no_method_by_name():
 
     for module in (loop, optimize, state):
         assert not any(f'"{name}"' in inspect.getsource(module) for name in methods())
+
+
+@pytest.mark.parametrize("name", ["at", "fitnet"])
+def test_a_wrong_tap_is_found_when_the_method_is_made(name):
+    student, teacher = networks(name)
+    student.facts = dataclasses.replace(student.facts, taps=("blocks.0", "blocks.9"))
+    with pytest.raises(SparkirError, match=r"has no module 'blocks\.9'"):
+        method(name, setting(student, teacher))

@@ -160,6 +160,6 @@ def _noisy(lq: Float[Tensor, "b c h w"]) -> Float[Tensor, "b c h w"]:
 @torch.no_grad()
 def _codebook(encoder: Encoder, setting: Setting, device: torch.device) -> Codebook:
     if encoder.codebook is not None:
-        return Codebook(encoder.codebook, torch.ones((), device=device))
+        return Codebook(encoder.codebook.to(device), torch.ones((), device=device))
     examples = setting.examples[0].to(device)
     return fit_codebook(encode(encoder, observe(setting.teacher, (), examples)[0]).latents)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from functools import partial
 from typing import cast
 
@@ -52,10 +52,9 @@ def _keep(
 
 def _tapped(network: nn.Module, tap: str) -> nn.Module:
     """The module whose output the tap is; a traced network marks it with one of its own."""
-    modules: dict[str, nn.Module] = dict(network.named_modules())
     for name in (f"taps.{tap.replace('.', '_')}", tap):
-        if name in modules:
-            return modules[name]
+        with suppress(AttributeError):
+            return network.get_submodule(name)
     facts = facts_of(network)
     raise SparkirError(
         f"{facts.name} has no module {tap!r}, which its facts name as a tap; correct facts.taps"

@@ -137,10 +137,11 @@ class FeatureMethod(Method):
     """A method that compares features, pair by pair."""
 
     def __init__(self, setting: Setting, *, factor: float | None = None) -> None:
-        """Pair the networks' taps.
+        """Pair the networks' taps, and look through both once, so that a wrong one is found now.
 
         Raises:
-            SparkirError: a network names none.
+            SparkirError: a network names none, or one that gives no feature map.
         """
         super().__init__(factor=factor)
         self.student_taps, self.teacher_taps = setting.taps
+        assert len(setting.shapes) == len(self.student_taps)
