@@ -98,7 +98,8 @@ def train(
             without = _output_after(other, task, lq, optimizer, trained, settings)
         optimizer.step()
         if learning:
-            _learn(weighting, _output(task, lq, settings), without, gt, step, report, checkpoint)
+            output = _output(task, lq, settings)
+            _learn(weighting, output, without, losses.gt, step, report, checkpoint)
         if state.average is not None:
             state.average.update_parameters(task.student)
 
