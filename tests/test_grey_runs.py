@@ -104,10 +104,12 @@ def test_training_and_evaluation_read_the_same_grey(grey):
     np.testing.assert_array_equal(gt, to_grey(photo(64, 80, 2)))
 
 
-@pytest.mark.parametrize("teacher", [None, 3, 1])
-def test_luma_super_resolution_is_trained_under_any_teacher(project, teacher):
+@pytest.mark.parametrize(
+    ("teacher", "source"), [(None, "uniform"), (3, "spark-paper"), (1, "spark")]
+)
+def test_luma_super_resolution_is_trained_under_any_teacher(project, teacher, source):
     """As SRCNN's paper has it: on Y of studio range, here of images in colour."""
-    changes = LUMA | {"train.steps": 3}
+    changes = LUMA | {"train.steps": 3, "weighting.name": source, "weighting.options": {}}
     if teacher is not None:
         options = {"scale": 2, "channels": teacher}
         save_weights(build("srcnn", **options), project / "srcnn.safetensors", {})
@@ -116,6 +118,8 @@ def test_luma_super_resolution_is_trained_under_any_teacher(project, teacher):
             "teacher.options": options,
             "teacher.weights": "srcnn.safetensors",
         }
+    if teacher is None:
+        changes = {key: value for key, value in changes.items() if "weighting" not in key}
     write_recipe(project / "y.toml", changes, without=() if teacher else IN_FLOAT)
     said = call("distill", "y.toml", "--out", "run")
     assert said.code == 0, said

@@ -82,7 +82,7 @@ def train(
 
         with torch.autocast(device.type, torch.bfloat16, enabled=settings.bfloat16):
             losses = task(lq, gt)
-        loss = losses.total()
+        loss, gt = losses.total(), losses.gt  # as the student restores it
 
         if weighting.wants_credit_at(step) and losses.weights is not None:
             _learn_credit(weighting, losses, task, lq, gt, trained, settings, step, report)
@@ -98,8 +98,7 @@ def train(
             without = _output_after(other, task, lq, optimizer, trained, settings)
         optimizer.step()
         if learning:
-            output = _output(task, lq, settings)
-            _learn(weighting, output, without, losses.gt, step, report, checkpoint)
+            _learn(weighting, _output(task, lq, settings), without, gt, step, report, checkpoint)
         if state.average is not None:
             state.average.update_parameters(task.student)
 
