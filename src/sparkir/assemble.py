@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 import json
 import os
+import re
 import textwrap
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -15,6 +16,7 @@ from typing import Any, Literal, cast
 import torch
 from torch import Tensor, nn
 
+from sparkir.data.catalog import CATALOG
 from sparkir.data.degrade import BicubicDownscale, Degradation, GaussianNoise, JpegCompression
 from sparkir.data.layouts import Split, clean_images, pair_files, part_of
 from sparkir.data.pairs import PairStore, PatchSampler
@@ -31,12 +33,13 @@ from sparkir.models.registry import build
 from sparkir.quant.calibrate import calibrate
 from sparkir.quant.prepare import prepare
 from sparkir.quant.spec import QuantSpec
-from sparkir.recipe import Data, Network, Recipe, WeightingChoice, from_values
+from sparkir.recipe import Data, Network, Recipe, WeightingChoice, from_values, shipped
 from sparkir.spark.weighting import Weighting, weighting
 
 Report = Callable[[dict[str, Any]], None]
 _CALIBRATION_SEED = 7_919
 _TRIAL_PX = 24
+_OF_A_RUN = re.compile(r"runs/([\w-]+)/student\.safetensors")
 
 
 def silent(event: dict[str, Any]) -> None:
@@ -67,6 +70,7 @@ def open_pairs(
         "grey": data.channels == 1,
         "progress": progress,
     }
+    _require_here(where, split)
     if data.degradation == "pairs":
         files = pair_files(_folder_of(where, split), split)
         pairs = PairStore.from_files(files, scale=data.scale, **options)
@@ -83,6 +87,17 @@ def _image_paths(where: str, split: Split) -> list[Path]:
     if scheme == "photographs" and part in ("train", "test"):
         return photographs(cast("Split", part))
     return clean_images(_folder_of(where, split))
+
+
+def _require_here(where: str, split: Split) -> None:
+    """Say where a known set is to be had, if it is named and not here."""
+    known = next((known for known in CATALOG if known.name == where), None)
+    if known is not None and not Path(where).exists():
+        raise SparkirError(
+            f"there is no folder {where} here; get {known.name} from {known.source} (terms: "
+            f"{known.terms}), or take images of your own: give the folder with --data DIR, or "
+            f"--set data.{split}=DIR"
+        )
 
 
 def _folder_of(where: str, split: Split) -> Path:
@@ -256,10 +271,8 @@ def gather(recipe: Recipe, report: Report = silent) -> Materials:
         SparkirError: whatever would stop the run later, as far as it can be known now.
     """
     weighting_of(recipe.weighting)
-    if recipe.teacher is not None and not recipe.teacher.weights:
-        raise SparkirError(
-            "the teacher has no weights; set teacher.weights, or give --teacher FILE"
-        )
+    if recipe.teacher is not None:
+        _require_teacher(recipe.teacher.weights)
     device = device_for(recipe)
     teacher = None if recipe.teacher is None else build_network(recipe.teacher).eval()
     student = build_student(recipe, teacher).to(device)
@@ -279,6 +292,20 @@ def gather(recipe: Recipe, report: Report = silent) -> Materials:
     )
     task_of(recipe, student, weighting_of(recipe.weighting), materials)
     return materials
+
+
+def _require_teacher(weights: str) -> None:
+    """Stop now if there are no weights, and say how they come about where that is known."""
+    if not weights:
+        raise SparkirError(
+            "the teacher has no weights; set teacher.weights, or give --teacher FILE"
+        )
+    made_by = _OF_A_RUN.fullmatch(weights)
+    if made_by and made_by[1] in shipped() and not Path(weights).exists():
+        raise SparkirError(
+            f"no teacher at {weights} yet; train it with `sparkir distill {made_by[1]}`, or give "
+            "another with --teacher FILE"
+        )
 
 
 @torch.no_grad()

@@ -24,6 +24,7 @@ NAMES = [
     "CBSD68",
     "Kodak24",
     "McMaster",
+    "LIVE1",
     "SIDD",
     "LOLv1",
     "Rain100L",

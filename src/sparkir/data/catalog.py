@@ -110,6 +110,11 @@ _SET14 = (
     "baboon barbara bridge coastguard comic face flowers "
     "foreman lenna man monarch pepper ppt3 zebra"
 )
+_LIVE1 = (
+    "bikes building2 buildings caps carnivaldolls cemetry churchandcapitol coinsinfountain dancers "
+    "flowersonih35 house lighthouse2 lighthouse3 manfishing monarch ocean paintedhouse parrots "
+    "plane rapids sailing1 sailing2 sailing3 sailing4 statue stream studentsculpture woman womanhat"
+)
 _LOL_EVALUATION = "1 22 23 55 79 111 146 179 493 547 665 669 748 778 780"
 
 
@@ -282,6 +287,21 @@ CATALOG: tuple[KnownSet, ...] = (
                 sizes_px=((500, 500),),
             ),
         ),
+    ),
+    KnownSet(
+        name="LIVE1",
+        task="JPEG artifacts",
+        source="https://live.ece.utexas.edu/research/quality/subjective.htm",
+        terms="free for research, with notice",
+        parts=(
+            Part(
+                split="test",
+                count=29,
+                where="the 29 reference images of LIVE's quality database",
+                names=(tuple(_LIVE1.split()),),
+            ),
+        ),
+        notes="papers use it in colour, or made grey: data.channels = 1",
     ),
     KnownSet(
         name="SIDD",
