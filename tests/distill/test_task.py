@@ -4,8 +4,11 @@ import pytest
 import torch
 from torch import nn
 
+from sparkir.distill.method import Setting
+from sparkir.distill.methods import method, methods
 from sparkir.distill.task import DistillationTask
 from sparkir.models.facts import ModelFacts
+from sparkir.models.registry import build
 from sparkir.spark.weighting import (
     Confidence,
     Constant,
@@ -337,3 +340,14 @@ class TestOneChannel:
         losses = DistillationTask(Luma(0.9), Luma(1.1), weighting=weighting(name))(lq, gt)
         assert losses.weights.shape == (2, 1, 16, 16)
         losses.total().backward()
+
+    @pytest.mark.parametrize("name", methods())
+    @pytest.mark.parametrize("channels", [1, 3])
+    def test_every_method(self, name, channels):
+        student = build("dncnn", depth=4, width=8, channels=1)
+        teacher = build("dncnn", depth=4, width=8, channels=channels)
+        lq, gt = torch.rand(2, 3, 16, 16), torch.rand(2, 3, 16, 16)
+        setting = Setting(student=student, teacher=teacher, examples=[lq], steps=2)
+        task = DistillationTask(student, teacher, method=method(name, setting))
+        task(lq, gt).total().backward()
+        assert all(p.grad is not None for p in student.parameters())

@@ -107,6 +107,10 @@ class TestAsSeen:
         image = torch.rand(2, 3, 4, 4)
         assert as_seen(image, facts_of_one(channels=3)) is image
 
+    def test_one_channel_is_grey_to_a_network_of_three(self):
+        image = torch.rand(2, 1, 4, 4)
+        assert torch.equal(as_seen(image, facts_of_one(channels=3)), torch.cat([image] * 3, 1))
+
     def test_one_channel_is_that_luma_already(self):
         image = torch.rand(2, 1, 4, 4)
         assert as_seen(image, facts_of_one(channels=1, luma_range="studio")) is image
