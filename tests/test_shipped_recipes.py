@@ -29,6 +29,10 @@ TASKS = {
     "denoise-grey-25": "PSNR-grey, uint8, no crop",
     "denoise-grey-blind": "PSNR-grey, uint8, no crop",
     "jpeg": "PSNR-RGB, uint8, no crop",
+    "denoise-real": "PSNR-RGB, uint8, no crop",
+    "lowlight": "PSNR-RGB, uint8, no crop",
+    "derain": "PSNR-Y studio range, uint8, no crop",
+    "deblur": "PSNR-RGB, uint8, no crop",
 }
 
 
