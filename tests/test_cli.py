@@ -80,7 +80,7 @@ OVERRIDES = {
     "unknown key in student": ("student.weight=x", ["did you mean 'student.weights'?"]),
     "wrong type": ("train.steps=many", ["train.steps = 'many'", "valid integer"]),
     "out of range": ("train.steps=0", ["train.steps = 0", "greater than or equal to 1"]),
-    "not one of the choices": ("metric=lpips", ["metric = 'lpips'", "'y' or 'rgb'"]),
+    "not one of the choices": ("metric=lpips", ["metric = 'lpips'", "'y', 'rgb' or 'grey'"]),
     "a section that is a value": ("train.steps.more=1", ["steps holds a value, not a section"]),
     "unknown weighting": ("weighting.name=sparc-paper", ["did you mean 'spark-paper'?"]),
     "unknown weighting option": (
@@ -271,7 +271,7 @@ def test_a_pair_of_different_sizes(refused, paired):
 
 
 def test_pairs_that_are_not_in_the_two_folders(refused, paired):
-    refused(*TO_RUN, "--data", "train", says=["cannot list train/input"])
+    refused(*TO_RUN, "--data", "train", says=["no pairs in train", "train/input", "train/target"])
 
 
 def test_a_test_image_too_small_to_measure_is_found_before_training(refused, project):
@@ -661,7 +661,7 @@ def test_evaluating_no_images(refused, project, data):
         ([*EDSR, "--option", "scale"], ["--option takes name=value"]),
         ([*EDSR, "--option", "scales=2"], ["no option 'scales'"]),
         ([*EDSR, "--option", "width=16"], ["teacher.safetensors are not of this network"]),
-        ([*EDSR, *OPTIONS, "--metric", "psnr"], ["--metric 'psnr'", "y or rgb"]),
+        ([*EDSR, *OPTIONS, "--metric", "psnr"], ["--metric 'psnr'", "y, rgb or grey"]),
     ],
 )
 def test_a_mistake_in_what_to_evaluate(refused, project, arguments, says):
@@ -885,7 +885,7 @@ COMMANDS = {
         "--set",
         "--resume",
     ],
-    "evaluate": ["MODEL", "--data", "--weights", "--option", "--metric", "--each"],
+    "evaluate": ["MODEL", "--data", "--weights", "--option", "--metric", "--each", "--set"],
     "restore": [
         "MODEL",
         "IN",
@@ -900,8 +900,9 @@ COMMANDS = {
     ],
     "export": ["RUN", "--format", "--out", "--data", "--allow-mismatch"],
     "bench": ["MODEL", "--size", "--repeats", "--threads", "--json"],
-    "check": ["RECIPE", "--set"],
+    "check": ["RECIPE", "--teacher", "--data", "--as", "--set"],
     "models": [],
+    "sets": ["NAME"],
     "recipes": ["NAME", "--weightings"],
 }
 
@@ -971,6 +972,16 @@ def test_check_says_what_is_quantized_and_what_is_not(project):
 
 def test_check_finds_what_would_stop_the_run(refused):
     refused("check", "tiny.toml", "--set", "data.scale=3", says=["restores x2, but the data is x3"])
+
+
+def test_check_takes_the_shortcuts_of_distill(project):
+    (project / "other.safetensors").write_bytes((project / "teacher.safetensors").read_bytes())
+    (project / "teacher.safetensors").unlink()
+    (project / "train" / "b.png").unlink()
+    save_image(project / "more" / "x.png", photo(64, 64, 7))
+    said = call("check", "tiny.toml", "--teacher", "other.safetensors", "--data", "more")
+    assert said.code == 0, said
+    assert "training images: 1, test images: 2, x2; " in said.out
 
 
 # As a program ---------------------------------------------------------------------------------

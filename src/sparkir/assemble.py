@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 import json
 import os
+import re
 import textwrap
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -15,8 +16,9 @@ from typing import Any, Literal, cast
 import torch
 from torch import Tensor, nn
 
+from sparkir.data.catalog import CATALOG
 from sparkir.data.degrade import BicubicDownscale, Degradation, GaussianNoise, JpegCompression
-from sparkir.data.images import find_images
+from sparkir.data.layouts import Split, clean_images, pair_files, part_of
 from sparkir.data.pairs import PairStore, PatchSampler
 from sparkir.data.photographs import photographs
 from sparkir.distill.method import Setting
@@ -26,17 +28,18 @@ from sparkir.errors import SparkirError
 from sparkir.evaluate.infer import device_of, evaluating
 from sparkir.evaluate.metrics import Convention, ssim
 from sparkir.models.checkpoint import load_weights, read_metadata, read_weights, save_weights
-from sparkir.models.facts import facts_of
+from sparkir.models.facts import as_seen, facts_of
 from sparkir.models.registry import build
 from sparkir.quant.calibrate import calibrate
 from sparkir.quant.prepare import prepare
 from sparkir.quant.spec import QuantSpec
-from sparkir.recipe import Data, Network, Recipe, WeightingChoice, from_values
+from sparkir.recipe import Data, Network, Recipe, WeightingChoice, from_values, shipped
 from sparkir.spark.weighting import Weighting, weighting
 
 Report = Callable[[dict[str, Any]], None]
 _CALIBRATION_SEED = 7_919
 _TRIAL_PX = 24
+_OF_A_RUN = re.compile(r"runs/([\w-]+)/student\.safetensors")
 
 
 def silent(event: dict[str, Any]) -> None:
@@ -49,8 +52,14 @@ def cache_folder() -> Path:
     return Path(base)
 
 
-def open_pairs(data: Data, where: str, report: Report = silent) -> PairStore:
-    """The image pairs of `where`, which is `data.train`, `data.test` or another folder."""
+def open_pairs(
+    data: Data, where: str, report: Report = silent, *, split: Split = "test"
+) -> PairStore:
+    """The image pairs of `where`, which is `data.train`, `data.test` or another folder.
+
+    `split` says what they are for: where in a known set's folder they lie, and how test images
+    are degraded.
+    """
 
     def progress(done: int, total: int) -> None:
         report({"kind": "decoding", "done": done, "total": total})
@@ -58,26 +67,42 @@ def open_pairs(data: Data, where: str, report: Report = silent) -> PairStore:
     options: dict[str, Any] = {
         "cache": cache_folder(),
         "skip_broken": data.skip_broken,
+        "grey": data.channels == 1,
         "progress": progress,
     }
+    _require_here(where, split)
     if data.degradation == "pairs":
-        folder = Path(where)
-        pairs = PairStore.from_folders(
-            folder / "input", folder / "target", scale=data.scale, **options
-        )
+        files = pair_files(_folder_of(where, split), split)
+        pairs = PairStore.from_files(files, scale=data.scale, **options)
     else:
-        paths = _image_paths(where)
-        pairs = PairStore.from_images(paths, degradation_of(data), **options)
+        degradation = degradation_of(data.as_tested() if split == "test" else data)
+        pairs = PairStore.from_images(_image_paths(where, split), degradation, **options)
     for message in pairs.skipped:
         report({"kind": "warning", "message": message})
     return pairs
 
 
-def _image_paths(where: str) -> list[Path]:
-    scheme, _, split = where.partition(":")
-    if scheme == "photographs" and split in ("train", "test"):
-        return photographs(cast("Literal['train', 'test']", split))
-    return find_images(Path(where))
+def _image_paths(where: str, split: Split) -> list[Path]:
+    scheme, _, part = where.partition(":")
+    if scheme == "photographs" and part in ("train", "test"):
+        return photographs(cast("Split", part))
+    return clean_images(_folder_of(where, split))
+
+
+def _require_here(where: str, split: Split) -> None:
+    """Say where a known set is to be had, if it is named and not here."""
+    known = next((known for known in CATALOG if known.name == where), None)
+    if known is not None and not Path(where).exists():
+        raise SparkirError(
+            f"there is no folder {where} here; get {known.name} from {known.source} (terms: "
+            f"{known.terms}), or take images of your own: give the folder with --data DIR, or "
+            f"--set data.{split}=DIR"
+        )
+
+
+def _folder_of(where: str, split: Split) -> Path:
+    """Where in a folder the images for a purpose lie; the folder itself if that is unknown."""
+    return part_of(Path(where), split) or Path(where)
 
 
 def degradation_of(data: Data) -> Degradation:
@@ -98,7 +123,7 @@ def convention_of(recipe: Recipe) -> Convention:
     return convention(recipe.metric, recipe.data.scale)
 
 
-def convention(space: Literal["y", "rgb"], scale: int) -> Convention:
+def convention(space: Literal["y", "rgb", "grey"], scale: int) -> Convention:
     """The field's habit: super-resolution on luma leaves a border of `scale` px out."""
     return Convention(space=space, crop_px=scale if space == "y" and scale > 1 else 0)
 
@@ -142,8 +167,9 @@ def build_student(recipe: Recipe, teacher: nn.Module | None) -> nn.Module:
 def quantize_student(student: nn.Module, spec: QuantSpec, crops: list[Tensor]) -> nn.Module:
     """The student with its grids in place, set by `crops` (B, C, H, W) in [0, 1]."""
     prepared = prepare(student, spec)
-    device, white = device_of(student), facts_of(student).value_range
-    calibrate(prepared, (crop.to(device) * white for crop in crops), method=spec.calibration)
+    device, facts = device_of(student), facts_of(student)
+    seen = (as_seen(crop.to(device), facts) * facts.value_range for crop in crops)
+    calibrate(prepared, seen, method=spec.calibration)
     return prepared
 
 
@@ -246,17 +272,16 @@ def gather(recipe: Recipe, report: Report = silent) -> Materials:
         SparkirError: whatever would stop the run later, as far as it can be known now.
     """
     weighting_of(recipe.weighting)
-    if recipe.teacher is not None and not recipe.teacher.weights:
-        raise SparkirError(
-            "the teacher has no weights; set teacher.weights, or give --teacher FILE"
-        )
+    if recipe.teacher is not None:
+        _require_teacher(recipe.teacher.weights)
     device = device_for(recipe)
     teacher = None if recipe.teacher is None else build_network(recipe.teacher).eval()
     student = build_student(recipe, teacher).to(device)
     for role, network in (("teacher", teacher), ("student", student)):
         if network is not None:
             _require_fit(role, network.to(device), recipe.data.scale)
-    train_pairs = open_pairs(recipe.data, recipe.data.train, report)
+    _require_channels(recipe.data, student, teacher)
+    train_pairs = open_pairs(recipe.data, recipe.data.train, report, split="train")
     test_pairs = open_pairs(recipe.data, recipe.data.test, report)
     _require_measurable(test_pairs, convention_of(recipe))
     materials = Materials(
@@ -270,28 +295,61 @@ def gather(recipe: Recipe, report: Report = silent) -> Materials:
     return materials
 
 
+def _require_teacher(weights: str) -> None:
+    """Stop now if there are no weights, and say how they come about where that is known."""
+    if not weights:
+        raise SparkirError(
+            "the teacher has no weights; set teacher.weights, or give --teacher FILE"
+        )
+    made_by = _OF_A_RUN.fullmatch(weights)
+    if made_by and made_by[1] in shipped() and not Path(weights).exists():
+        raise SparkirError(
+            f"no teacher at {weights} yet; train it with `sparkir distill {made_by[1]}`, or give "
+            "another with --teacher FILE"
+        )
+
+
 @torch.no_grad()
 def _require_fit(role: str, network: nn.Module, scale: int) -> None:
-    """Stop now if the network could not be trained on RGB images of this scale."""
+    """Stop now if the network could not be trained on images of this scale."""
     facts = facts_of(network)
     if facts.scale != scale:
         raise SparkirError(
             f"the {role} restores x{facts.scale}, but the data is x{scale}; "
             f"set {role}.options.scale or data.scale"
         )
-    if facts.channels != 3:
-        raise SparkirError(
-            f"the {role} {facts.name} restores {facts.channels}-channel images, but training is "
-            f"on RGB; set {role}.options.channels = 3 or choose another network"
-        )
     side = -(-max(_TRIAL_PX, facts.min_size_px) // facts.size_multiple) * facts.size_multiple
+    given, expected = ((1, facts.channels, size, size) for size in (side, scale * side))
     with evaluating(network):
-        output = network(torch.zeros(1, 3, side, side, device=device_of(network)))
+        output = network(torch.zeros(given, device=device_of(network)))
     shape = tuple(output.shape) if isinstance(output, Tensor) else type(output).__name__
-    if shape != (1, 3, scale * side, scale * side):
+    if shape != expected:
         raise SparkirError(
-            f"the {role} {facts.name} returns {shape} for an image (1, 3, {side}, {side}); it must "
-            f"return one tensor, the restored image (1, 3, {scale * side}, {scale * side})"
+            f"the {role} {facts.name} returns {shape} for an image {given}; it must return one "
+            f"tensor, the restored image {expected}"
+        )
+
+
+def _require_channels(data: Data, student: nn.Module, teacher: nn.Module | None) -> None:
+    """Stop now if student, teacher and data do not agree on what a channel is."""
+    own = facts_of(student)
+    if data.channels == 1 and own.channels == 3:
+        raise SparkirError(
+            f"data.channels = 1 makes the images grey, but the student {own.name} restores RGB; "
+            "set student.options.channels = 1, or leave data.channels out"
+        )
+    if data.channels == 3 and own.channels == 1 and data.degradation == "noise":
+        raise SparkirError(
+            f"the student {own.name} restores grey images, and the luma of coloured noise is "
+            "weaker than the noise; set data.channels = 1, or student.options.channels = 3"
+        )
+    if teacher is None or facts_of(teacher).channels == 3:
+        return
+    theirs = facts_of(teacher)
+    if (own.channels, own.luma_range) != (1, theirs.luma_range):
+        raise SparkirError(
+            f"the teacher {theirs.name} restores luma of {theirs.luma_range} range, which the "
+            f"student {own.name} does not; choose networks that restore the same"
         )
 
 

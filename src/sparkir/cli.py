@@ -129,14 +129,18 @@ def distill(
 def evaluate(
     model: Model,
     data: Annotated[
-        str, typer.Option(help="Folder of clean images, or of input/ and target/ pairs.")
+        str, typer.Option(help="Folder of clean images, or of pairs, or a known set's.")
     ],
     weights: Weights = None,
     option: Options = None,
     metric: Annotated[
-        str | None, typer.Option(help="y (border of scale px cropped) or rgb (whole).")
+        str | None, typer.Option(help="y (border of scale px cropped), rgb or grey (whole).")
     ] = None,
     each: Annotated[bool, typer.Option(help="Also print every image.")] = False,
+    overrides: Annotated[
+        list[str] | None,
+        typer.Option("--set", help="Change a key of data, such as data.test_sigma=50."),
+    ] = None,
 ) -> None:
     """Measure PSNR and SSIM on a folder of images."""
     from sparkir.evaluate import benchmark
@@ -144,7 +148,7 @@ def evaluate(
 
     opened = open_model(model, weights, _parse_options(option))
     with _display() as shown:
-        pairs, convention = evaluation_setup(opened, data, metric, shown)
+        pairs, convention = evaluation_setup(opened, data, metric, shown, overrides or ())
         scores = benchmark.evaluate(opened.network, pairs, convention)
     _say(escape(f"{opened.label}: {convention.label}; SSIM alike"))
     table = Table("image", "PSNR dB", "SSIM")
@@ -282,15 +286,51 @@ def bench(
 
 
 @app.command()
-def check(recipe: RecipeName, overrides: Overrides = None) -> None:
-    """Read everything a recipe names, build its networks, and say what would be quantized."""
+def check(
+    recipe: Annotated[
+        str | None, typer.Argument(help="A recipe file, or a name from `sparkir recipes`.")
+    ] = None,
+    teacher: Annotated[Path | None, typer.Option(help="The teacher's checkpoint.")] = None,
+    data: Annotated[
+        Path | None,
+        typer.Option(help="As of `distill`; without RECIPE, a folder that holds a known set."),
+    ] = None,
+    known: Annotated[
+        str | None, typer.Option("--as", help="The set that --data should be; see `sparkir sets`.")
+    ] = None,
+    overrides: Overrides = None,
+) -> None:
+    """Read everything a recipe names, build its networks, and say what would be quantized.
+
+    Without a recipe, compare the folder --data with the known set that it should be.
+    """
     from sparkir.tools import check_recipe
 
+    if recipe is None:
+        _check_folder(data, known)
+        return
+    if known is not None:
+        raise SparkirError("--as is for checking a folder alone; leave out RECIPE, or --as")
+    changes = [*_shortcuts(teacher, None, None, data), *(overrides or ())]
     with _display() as shown:
-        findings = check_recipe(_load(recipe, overrides or ()), shown)
+        findings = check_recipe(_load(recipe, changes), shown)
     for finding in findings:
         _say(escape(finding))
     _say("[green]ready[/]")
+
+
+def _check_folder(folder: Path | None, known: str | None) -> None:
+    from sparkir.tools import check_folder
+
+    if folder is None:
+        raise SparkirError("say what to check: a RECIPE, or a folder with --data DIR")
+    findings, whole = check_folder(folder, known)
+    for finding in findings:
+        _say(escape(finding))
+    if not whole:
+        _say("[yellow]not what its authors distribute[/]", to=err)
+        sys.exit(1)
+    _say("[green]complete[/]")
 
 
 @app.command()
@@ -299,6 +339,27 @@ def models() -> None:
     from sparkir.models.registry import available
 
     _print_names(available())
+
+
+@app.command()
+def sets(
+    name: Annotated[str | None, typer.Argument(help="Say everything about this one.")] = None,
+) -> None:
+    """List the known sets of images: what they hold, where they are, on what terms."""
+    from sparkir.data.catalog import CATALOG, known_set
+
+    if name is None:
+        held = {k.name: ", ".join(f"{p.split} {p.label}" for p in k.parts) for k in CATALOG}
+        _print_names({k.name: f"{k.task}: {held[k.name]}" for k in CATALOG})
+        return
+    one = known_set(name)
+    _say(f"[bold]{escape(one.name)}[/], for {escape(one.task)}")
+    for part in one.parts:
+        _say(escape(f"{part.split}: {part.label}; {part.where}"))
+    _say(escape(f"from {one.source}"))
+    _say(escape(f"terms: {one.terms}"))
+    if one.notes:
+        _say(escape(f"note: {one.notes}"))
 
 
 @app.command()
@@ -342,12 +403,19 @@ def _shortcuts(
         yield f"quant.weight_bits={found[1]}"
         yield f"quant.activation_bits={found[2]}"
     if data is not None:
-        parts = [data / split for split in ("train", "test")]
-        if all(part.is_dir() for part in parts):
-            yield f"data.train={_quoted(parts[0])}"
-            yield f"data.test={_quoted(parts[1])}"
-        else:
-            yield f"data.train={_quoted(data)}"
+        yield from _data_shortcut(data)
+
+
+def _data_shortcut(data: Path) -> Iterator[str]:
+    """`--data`: both parts, if the folder has a part for each; else it is for training."""
+    from sparkir.data.layouts import SPLITS, part_of
+
+    parts = [data / "train", data / "test"]
+    found = parts if all(p.is_dir() for p in parts) else [part_of(data, s) for s in SPLITS]
+    train, test = found
+    yield f"data.train={_quoted(train or data)}"
+    if train is not None and test not in (None, train):
+        yield f"data.test={_quoted(test)}"
 
 
 def _quoted(text: str | Path) -> str:

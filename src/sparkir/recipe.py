@@ -35,8 +35,8 @@ class Data(_Section):
     """Images to learn from and to be judged by."""
 
     train: str
-    """Folder of clean images, of `input`/`target` pairs when `degradation` is `pairs`, or
-    `photographs:train` for the ones inside scikit-image."""
+    """Folder of clean images, of pairs when `degradation` is `pairs`, or `photographs:train` for
+    the ones inside scikit-image. A known set's own folder will do; see the data page."""
     test: str
     """The same for the images that are measured; never trained on."""
     degradation: Literal["bicubic", "noise", "jpeg", "pairs"] = "bicubic"
@@ -47,8 +47,14 @@ class Data(_Section):
     """Border of the bicubic: today's MATLAB, or the older one of some benchmark files."""
     sigma: tuple[float, float] | float = 25.0
     """Noise in 8-bit levels, or a range to draw from."""
+    test_sigma: float | None = None
+    """Noise of the test images; as `sigma` if not given."""
     quality: tuple[int, int] | int = 40
     """JPEG quality, or a range to draw from."""
+    test_quality: int | None = None
+    """JPEG quality of the test images; as `quality` if not given."""
+    channels: Literal[1, 3] = 3
+    """3 for colour; 1 makes the images grey before they are degraded."""
     patch_px: Annotated[int, Field(ge=8, strict=True)] = 48
     """Side of the input crops."""
     batch: Annotated[int, Field(ge=1, strict=True)] = 16
@@ -57,6 +63,23 @@ class Data(_Section):
     """Terms of the training images, for the model card."""
     skip_broken: bool = False
     """Leave unreadable images out instead of stopping."""
+
+    def as_tested(self) -> Data:
+        """The same with the degradation that test images get."""
+        sigma = self.sigma if self.test_sigma is None else self.test_sigma
+        quality = self.quality if self.test_quality is None else self.test_quality
+        return self.model_copy(update={"sigma": sigma, "quality": quality})
+
+    def require_consistent(self) -> None:
+        """Raise ValueError if a key does nothing for this degradation, or the scale is wrong."""
+        made = self.degradation
+        for key, needed in (("test_sigma", "noise"), ("test_quality", "jpeg")):
+            if getattr(self, key) is not None and made != needed:
+                raise ValueError(f'data.{key} is for data.degradation = "{needed}"; leave it out')
+        if made in ("noise", "jpeg") and self.scale != 1:
+            raise ValueError(f"{made} keeps the size; leave out data.scale")
+        if made == "bicubic" and self.scale == 1:
+            raise ValueError("bicubic needs data.scale = 2, 3, 4 or 8")
 
 
 class Network(_Section):
@@ -178,9 +201,10 @@ class Recipe(_Section):
     """None trains on the ground truth alone."""
     weighting: WeightingChoice = WeightingChoice()
     train: Train
-    metric: Literal["y", "rgb"] = "y"
+    metric: Literal["y", "rgb", "grey"] = "y"
     """PSNR and SSIM on luma with a border of `scale` px cut off (the super-resolution
-    convention), or on RGB whole (denoising, low light, deblurring)."""
+    convention; whole at scale 1, as for deraining), on RGB whole (denoising, low light,
+    deblurring), or on a grey image's one channel."""
     baselines: tuple[Literal["degraded", "teacher", "ptq-w8a8", "ptq", "qat"], ...] = ()
     """Rows of the final table besides the student."""
 
@@ -197,10 +221,9 @@ class Recipe(_Section):
             )
         if self.student.weights == "teacher" and self.teacher is None:
             raise ValueError('student.weights = "teacher" needs a [teacher]')
-        if self.data.degradation in ("noise", "jpeg") and self.data.scale != 1:
-            raise ValueError(f"{self.data.degradation} keeps the size; leave out data.scale")
-        if self.data.degradation == "bicubic" and self.data.scale == 1:
-            raise ValueError("bicubic needs data.scale = 2, 3, 4 or 8")
+        self.data.require_consistent()
+        if (self.metric == "grey") != (self.data.channels == 1) and self.metric != "y":
+            raise ValueError('metric = "grey" and data.channels = 1 belong together; set both')
         if self.quant is None and {"ptq-w8a8", "ptq", "qat"} & set(self.baselines):
             raise ValueError("baselines with quantization need a [quant]")
         if self.teacher is None and "teacher" in self.baselines:
@@ -244,6 +267,33 @@ def from_values(values: Mapping[str, Any], source: str) -> Recipe:
     except ValidationError as error:
         problems = "; ".join(_explain(item) for item in error.errors())
         raise SparkirError(f"{source}: {problems}") from error
+
+
+def with_overrides(data: Data, overrides: Sequence[str]) -> Data:
+    """The data section with overrides like `data.test_sigma=50`.
+
+    Raises:
+        SparkirError: as `load`, or an override is of another section.
+    """
+    if not overrides:
+        return data
+    values: dict[str, Any] = {"data": data.model_dump()}
+    for override in overrides:
+        _override(values, override)
+    if values.keys() != {"data"}:
+        raise SparkirError(
+            f"--set {overrides[-1]!r}: what is evaluated is made already; only keys of data can "
+            "be changed, such as data.test_sigma=50"
+        )
+    try:
+        changed = Data.model_validate(values["data"])
+        changed.require_consistent()
+    except ValidationError as error:
+        problems = "; ".join(_explain(item, ("data",)) for item in error.errors())
+        raise SparkirError(f"--set: {problems}") from error
+    except ValueError as error:
+        raise SparkirError(f"--set: {error}") from error
+    return changed
 
 
 def differences(old: Recipe, new: Recipe) -> list[str]:
@@ -290,9 +340,9 @@ def _override(values: dict[str, Any], override: str) -> None:
     values[last] = value
 
 
-def _explain(error: Any) -> str:  # noqa: ANN401 - pydantic's own record
-    """One line for one of pydantic's errors."""
-    place = [str(part) for part in error["loc"]]
+def _explain(error: Any, within: Sequence[str] = ()) -> str:  # noqa: ANN401 - pydantic's record
+    """One line for one of pydantic's errors, found while reading the section `within`."""
+    place = [*within, *(str(part) for part in error["loc"])]
     key = ".".join(place)
     if error["type"] in ("extra_forbidden", "unexpected_keyword_argument"):
         *section, name = place

@@ -161,7 +161,7 @@ class TestFromFolders:
     def test_no_whole_pair(self, folders, cache):
         for name in ("input/0.bmp", "input/1.bmp", "target/2.png"):
             (folders[0].parent / name).write_bytes(b"broken")
-        with pytest.raises(SparkirError, match=r"hold no whole pair: .*0\.bmp"):
+        with pytest.raises(SparkirError, match=r"not one whole pair could be read: .*0\.bmp"):
             PairStore.from_folders(*folders, cache=cache, skip_broken=True)
 
     @pytest.mark.data

@@ -44,7 +44,7 @@ class TestObserve:
         before = {name: len(m._forward_hooks) for name, m in network.named_modules()}
         observe(network, TAPS, lq_images())
         with pytest.raises(SparkirError):
-            observe(network, TAPS, lq_images()[:, :1])
+            observe(network, TAPS, lq_images()[:, :2])
         assert {name: len(m._forward_hooks) for name, m in network.named_modules()} == before
         assert not nn.modules.module._global_forward_hooks
         copy.deepcopy(network)

@@ -12,8 +12,9 @@ from jaxtyping import UInt8
 from torch import Tensor
 
 from sparkir.data.degrade import Degradation, mod_crop
+from sparkir.data.grey import OfGrey, to_grey
 from sparkir.data.images import ImageStore, Progress
-from sparkir.data.matching import checked_scale, partners, size_text
+from sparkir.data.matching import PairFiles, checked_scale, partners, size_text
 from sparkir.errors import SparkirError
 
 Pair = tuple[UInt8[np.ndarray, "h w 3"], UInt8[np.ndarray, "H W 3"]]
@@ -53,19 +54,23 @@ class PairStore:
         degradation: Degradation,
         *,
         cache: Path,
+        grey: bool = False,
         skip_broken: bool = False,
         progress: Progress | None = None,
     ) -> "PairStore":
         """Degrade clean images, cropped at the bottom and right to multiples of the scale.
 
         A fixed degradation is computed once for each whole image and kept in ``cache``; a random
-        one is drawn anew for each training crop, and repeatably for whole images. ``progress``
-        counts the decoded images, then from the start again the degraded ones.
+        one is drawn anew for each training crop, and repeatably for whole images. With ``grey``
+        the images are made grey (see `to_grey`) before they are degraded. ``progress`` counts the
+        decoded images, then from the start again the degraded ones.
 
         Raises:
             SparkirError: as `ImageStore.build`, or an image is smaller than the scale.
         """
         images = ImageStore.build(paths, cache=cache, skip_broken=skip_broken, progress=progress)
+        if grey:
+            images, degradation = _grey(images), OfGrey(degradation)
         scale = degradation.scale
         for name, image in zip(images.names, images, strict=True):
             if min(image.shape[:2]) < scale:
@@ -87,26 +92,50 @@ class PairStore:
         skip_broken: bool = False,
         progress: Progress | None = None,
     ) -> "PairStore":
-        """Pair the files of two folders that have the same stem.
+        """Pair the files of two folders that have the same stem; see `from_files`."""
+        return cls.from_files(
+            partners(input_dir, target_dir),
+            scale=scale,
+            cache=cache,
+            skip_broken=skip_broken,
+            progress=progress,
+        )
 
-        ``scale`` is found from the sizes when not given. With ``skip_broken``, a pair of which
-        either file cannot be read is left out. ``progress`` counts the inputs, then from the
-        start again the targets.
+    @classmethod
+    def from_files(
+        cls,
+        files: Sequence[PairFiles],
+        *,
+        scale: int | None = None,
+        cache: Path,
+        grey: bool = False,
+        skip_broken: bool = False,
+        progress: Progress | None = None,
+    ) -> "PairStore":
+        """Take pairs as they are, of files with different names.
+
+        ``scale`` is found from the sizes when not given. With ``grey`` both sides are made grey.
+        With ``skip_broken``, a pair of which either file cannot be read is left out.
+        ``progress`` counts the inputs, then from the start again the targets.
 
         Raises:
-            SparkirError: as `find_images` and `ImageStore.build`, or a file has no partner, or
-                the sides of a target are not ``scale`` times those of its input.
+            SparkirError: as `ImageStore.build`, or the sides of a target are not ``scale`` times
+                those of its input.
         """
-        files = partners(input_dir, target_dir)
+        names = [pair.name for pair in files]
         inputs, targets = (
-            ImageStore.build(paths, cache=cache, skip_broken=skip_broken, progress=progress)
-            for paths in files
+            ImageStore.build(
+                paths, cache=cache, names=names, skip_broken=skip_broken, progress=progress
+            )
+            for paths in ([pair.input for pair in files], [pair.target for pair in files])
         )
         skipped = inputs.skipped + targets.skipped
+        if grey:
+            inputs, targets = _grey(inputs), _grey(targets)
         lq = dict(zip(inputs.names, inputs, strict=True))
         gt = {n: image for n, image in zip(targets.names, targets, strict=True) if n in lq}
         if not gt:
-            raise SparkirError(f"{input_dir} and {target_dir} hold no whole pair: {skipped[0]}")
+            raise SparkirError(f"not one whole pair could be read: {skipped[0]}")
         for name, target in gt.items():
             scale = checked_scale(name, lq[name], target, scale)
         assert scale is not None
@@ -249,6 +278,12 @@ def _oriented(patch: UInt8[np.ndarray, "p p 3"], orientation: int) -> UInt8[np.n
     if orientation & 4:
         patch = patch.transpose(1, 0, 2)
     return patch
+
+
+def _grey(images: ImageStore) -> ImageStore:
+    return images.derive(
+        lambda _, image: to_grey(image), key="grey", bytes_needed=sum(i.size for i in images)
+    )
 
 
 def _degraded(

@@ -11,19 +11,19 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from sparkir.errors import SparkirError
-from sparkir.models.facts import ModelFacts, facts_of, restore
+from sparkir.models.facts import ModelFacts, as_seen, facts_of, restore
 from sparkir.quant.arithmetic import Value, real_values
 
 
 def observe(
-    network: nn.Module, taps: tuple[str, ...], lq: Float[Tensor, "b c h w"]
+    network: nn.Module, taps: tuple[str, ...], lq: Float[Tensor, "b k h w"]
 ) -> tuple[Float[Tensor, "b c H W"], tuple[Tensor, ...]]:
     """Restore `lq` and look at the features on the way.
 
     Args:
         network: a network with facts, in floating point or prepared for quantization.
         taps: names from its facts.
-        lq: images in [0, 1].
+        lq: images in [0, 1], RGB; a network of one channel restores their luma.
 
     Returns:
         The output in [0, 1], and for each tap its feature map (b, channels, h', w') in units of the
@@ -34,12 +34,12 @@ def observe(
         SparkirError: a tap is no part of the network, was not reached or is no feature map.
     """
     found: dict[str, Tensor] = {}
+    facts = facts_of(network)
     with ExitStack() as hooks:
         for tap in taps:
             handle = _tapped(network, tap).register_forward_hook(partial(_keep, found, tap))
             hooks.callback(handle.remove)
-        output = restore(network, lq).float()
-    facts = facts_of(network)
+        output = restore(network, as_seen(lq, facts)).float()
     return output, tuple(_feature(found.get(tap), tap, facts, lq) for tap in taps)
 
 

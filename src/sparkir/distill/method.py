@@ -44,7 +44,8 @@ class Term:
 class Seen:
     """What one step shows a method. Images in [0, 1]; features as in `features.observe`."""
 
-    lq: Float[Tensor, "b c h w"]
+    lq: Float[Tensor, "b k h w"]
+    """RGB; the others have the student's channels."""
     gt: Float[Tensor, "b c H W"]
     output: Float[Tensor, "b c H W"]
     teacher_output: Float[Tensor, "b c H W"]

@@ -13,7 +13,7 @@ from sparkir.distill.features import observe
 from sparkir.distill.kd import KD
 from sparkir.distill.method import Method, Seen, Term
 from sparkir.distill.output import MAPS, Norm, l1_map
-from sparkir.models.facts import restore
+from sparkir.models.facts import as_seen, facts_of, restore
 from sparkir.spark.weighting import Constant, Weighting
 
 
@@ -22,6 +22,8 @@ class StepLosses:
     """What one forward gives; all losses are means over the batch, images in [0, 1]."""
 
     output: Float[Tensor, "b c h w"]
+    gt: Float[Tensor, "b c h w"]
+    """The ground truth as the student restores it: luma for a student of one channel."""
     teacher: Float[Tensor, "b c h w"] | None
     reconstruction: Float[Tensor, ""]
     """|student - gt| (SPARK eq. 2)."""
@@ -110,13 +112,20 @@ class DistillationTask(nn.Module):
         return self._teacher[0] if self._teacher else None
 
     def forward(self, lq: Float[Tensor, "b c h w"], gt: Float[Tensor, "b c H W"]) -> StepLosses:
-        """Run student and teacher on `lq`; both images in [0, 1]."""
+        """Run student and teacher on `lq`; both images RGB in [0, 1].
+
+        A student of one channel is trained on the images' luma, and its teacher's output counts
+        by its luma as well.
+        """
+        facts = facts_of(self.student)
         output, student_features = observe(self.student, self.method.student_taps, lq)
+        gt = as_seen(gt, facts)
         teacher = weights = None
         terms: tuple[Term, ...] = ()
         if self.teacher is not None:
             with torch.no_grad():
-                teacher, teacher_features = observe(self.teacher, self.method.teacher_taps, lq)
+                restored, teacher_features = observe(self.teacher, self.method.teacher_taps, lq)
+                teacher = as_seen(restored, facts)
             seen = Seen(
                 lq=lq,
                 gt=gt,
@@ -130,6 +139,7 @@ class DistillationTask(nn.Module):
                 terms = (*self._output_term(seen), *self.method(seen))
         return StepLosses(
             output=output,
+            gt=gt,
             teacher=teacher,
             reconstruction=l1_map(output, gt).mean(),
             terms=terms,
@@ -143,6 +153,6 @@ class DistillationTask(nn.Module):
         distance = MAPS[self.norm](seen.output, goal)
         return (Term(name="output", distance=distance, factor=self.strength),)
 
-    def run_student(self, lq: Float[Tensor, "b c h w"]) -> Float[Tensor, "b c H W"]:
+    def run_student(self, lq: Float[Tensor, "b c h w"]) -> Float[Tensor, "b k H W"]:
         """The student's output, [0, 1], float32 whatever the precision inside."""
-        return restore(self.student, lq).float()
+        return restore(self.student, as_seen(lq, facts_of(self.student))).float()

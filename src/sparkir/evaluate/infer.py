@@ -6,12 +6,12 @@ from jaxtyping import Float64, UInt8
 from torch import nn
 
 from sparkir.data.degrade import bicubic_resize
+from sparkir.data.grey import full_luma
 from sparkir.evaluate.metrics import luma, to_uint8
 from sparkir.models.facts import ModelFacts, facts_of, restore
 from sparkir.models.modes import device_of as device_of
 from sparkir.models.modes import evaluating as evaluating
 
-_FULL_RANGE_WEIGHTS = (0.299, 0.587, 0.114)  # BT.601
 _STUDIO_SWING = 219.0  # levels between black (16) and white (235)
 
 
@@ -51,8 +51,7 @@ def _luma_like(image: UInt8[np.ndarray, "h w 3"], facts: ModelFacts) -> Float64[
     """Return the image's luma in the range that the network was trained on."""
     if facts.luma_range == "studio":
         return luma(image)
-    full: np.ndarray = image.astype(np.float64) @ np.array(_FULL_RANGE_WEIGHTS)
-    return full
+    return full_luma(image)
 
 
 def _run(network: nn.Module, lq: np.ndarray) -> torch.Tensor:

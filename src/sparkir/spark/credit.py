@@ -27,7 +27,7 @@ from sparkir.spark.reward import psnr_db, ssim
 def cell_credit(
     student: Callable[[Tensor], Tensor],
     parameters: Iterable[Tensor],
-    lq: Float[Tensor, "b c h w"],
+    lq: Float[Tensor, "b k h w"],
     *,
     output: Float[Tensor, "b c H W"],
     teacher: Float[Tensor, "b c H W"],

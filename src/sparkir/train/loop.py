@@ -82,7 +82,7 @@ def train(
 
         with torch.autocast(device.type, torch.bfloat16, enabled=settings.bfloat16):
             losses = task(lq, gt)
-        loss = losses.total()
+        loss, gt = losses.total(), losses.gt  # as the student restores it
 
         if weighting.wants_credit_at(step) and losses.weights is not None:
             _learn_credit(weighting, losses, task, lq, gt, trained, settings, step, report)
