@@ -352,6 +352,7 @@ class TestLoops:
         (found,), (expected,) = (self.rewards(batch, one) for one in (loop, self.plain))
         assert torch.corrcoef(torch.stack([found, expected]))[0, 1] > 0.95
 
+    @pytest.mark.filterwarnings("ignore:The .grad attribute")  # of the compiler itself
     @pytest.mark.parametrize("whole", [False, True])
     def test_compiled(self, batch, whole, monkeypatch):
         """The student alone, or the whole step."""
