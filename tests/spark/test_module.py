@@ -10,6 +10,7 @@ from torch import nn, optim
 
 from sparkir import Spark, SparkirError
 from sparkir.distill.output import MAPS
+from sparkir.spark.credit import cell_credit
 from sparkir.spark.reward import reward
 from sparkir.spark.weighting import SparkPaper
 
@@ -374,6 +375,69 @@ class TestLoops:
         self.assert_as_plain(batch, loop)
 
 
+class TestCredit:
+    """The preset that learns from every cell's own credit."""
+
+    def step(self, spark, student, batch, *, look):
+        lq, teacher, gt = batch
+        optimizer = optim.SGD(student.parameters(), lr=0.1)
+        output = student(lq)
+        kd, _ = spark.weigh(output, teacher, gt)
+        (l1(output, gt) + kd).backward()
+        return look(optimizer, student, lq)
+
+    def test_against_the_credit_of_the_batch(self, batch):
+        lq, teacher, gt = batch
+        student, spark, found = nn.Conv2d(3, 3, 3, padding=1), Spark("spark"), []
+        spark.weighting.learn_credit = lambda credit: found.append(credit) or {}
+        self.step(spark, student, batch, look=spark.learn)
+        expected = cell_credit(
+            student,
+            student.parameters(),
+            lq,
+            output=student(lq),
+            teacher=teacher,
+            target=gt,
+            alpha=1.0,
+            beta=10.0,
+            grid=8,
+            reach=0.01,
+        )
+        torch.testing.assert_close(found, [expected], rtol=1e-4, atol=1e-8)
+
+    def test_the_student_is_left_as_it_was(self, batch):
+        student, spark = Student(), Spark("spark")
+
+        def look(optimizer, student, lq):
+            before = copy.deepcopy((student.state_dict(), [p.grad for p in student.parameters()]))
+            assert spark.learn(optimizer, student, lq)["credit_deviation"] > 0
+            after = student.state_dict(), [p.grad for p in student.parameters()]
+            for old, new in zip(before[0].values(), after[0].values(), strict=True):
+                assert torch.equal(old, new)
+            for old, new in zip(before[1], after[1], strict=True):
+                assert torch.equal(old, new)
+
+        self.step(spark, student, batch, look=look)
+
+    def test_from_a_closure(self, batch):
+        spark, student = Spark("spark"), nn.Conv2d(3, 3, 3, padding=1)
+        start = [p.clone() for p in spark.parameters()]
+        told = self.step(spark, student, batch, look=lambda o, s, lq: spark.learn(o, lambda: s(lq)))
+        assert told["credit_deviation"] > 0
+        assert any(not torch.equal(a, b) for a, b in zip(start, spark.parameters(), strict=True))
+
+    def test_needs_the_student(self, batch):
+        spark = Spark("spark")
+        spark.weigh(*batch)
+        with pytest.raises(SparkirError, match="learns from the student's weights"):
+            spark.learn()
+
+    def test_needs_two_images(self, batch):
+        spark, one = Spark("spark"), tuple(image[:1] for image in batch)
+        with pytest.raises(SparkirError, match="use batches of two"):
+            self.step(spark, nn.Conv2d(3, 3, 3, padding=1), one, look=spark.learn)
+
+
 class TestState:
     def test_a_resumed_training_goes_on_as_it_would_have(self, batch):
         def run(student, optimizer, spark, steps):
@@ -509,9 +573,10 @@ class TestMistakes:
 RANKS = Path(__file__).with_name("two_ranks.py")
 
 
-def test_two_processes_have_one_policy(tmp_path):
+@pytest.mark.parametrize("preset", ["spark-paper", "spark"])
+def test_two_processes_have_one_policy(tmp_path, preset):
     """DDP over gloo: after training, students and policies are the same bits in both."""
-    command = [sys.executable, str(RANKS), str(tmp_path)]
+    command = [sys.executable, str(RANKS), str(tmp_path), preset]
     processes = [subprocess.Popen([*command, str(rank)]) for rank in range(2)]
     assert [process.wait(timeout=120) for process in processes] == [0, 0]
     first, second = (torch.load(tmp_path / f"{rank}.pt") for rank in range(2))

@@ -1,4 +1,4 @@
-"""One of two processes that train together: python two_ranks.py FOLDER RANK."""
+"""One of two processes that train together: python two_ranks.py FOLDER PRESET RANK."""
 
 import sys
 from pathlib import Path
@@ -10,13 +10,13 @@ from torch.nn.parallel import DistributedDataParallel
 
 from sparkir import Spark
 
-folder, rank = Path(sys.argv[1]), int(sys.argv[2])
+folder, preset, rank = Path(sys.argv[1]), sys.argv[2], int(sys.argv[3])
 torch.set_num_threads(1)
 dist.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=2)
 torch.manual_seed(rank)
 student = DistributedDataParallel(nn.Conv2d(3, 3, 3, padding=1))
 optimizer = optim.Adam(student.parameters(), lr=0.01)
-spark = Spark(reward_every=2, strength=20.0)
+spark = Spark(preset, reward_every=2, strength=20.0)
 start = torch.cat([p.detach().flatten().clone() for p in spark.parameters()])
 rewards = []
 for _ in range(6):
@@ -27,7 +27,7 @@ for _ in range(6):
     optimizer.zero_grad()
     ((output - gt).abs().mean() + kd).backward()
     told = spark.learn(optimizer, student, lq)
-    rewards += [] if told is None else [told["reward_deviation"]]
+    rewards += [] if told is None else [told["policy_loss"]]
     optimizer.step()
 end = torch.cat([p.detach().flatten() for p in spark.parameters()])
 state = {f"student.{name}": value for name, value in student.state_dict().items()}

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn, optim
+from torch.nn.parallel import DistributedDataParallel
 
 from sparkir.errors import SparkirError
 from sparkir.spark import ranks
@@ -17,6 +18,7 @@ from sparkir.spark.counterfactual import (
     Distance,
     Outputs,
     Seen,
+    credit_of_the_cells,
     steps_of_the_output,
     steps_of_the_student,
     weighted,
@@ -183,13 +185,20 @@ class Spark(nn.Module):
         Raises:
             SparkirError: called in the wrong place, or the training has diverged.
         """
-        due, self._steps = self._is_due(), self._steps + 1
+        due, credited = self._is_due(), self.weighting.wants_credit_at(self._steps)
+        self._steps += 1
         seen, self._seen = self._seen, None
         if not due:
             return None
         if seen is None:
             raise SparkirError("spark.learn has nothing to learn from; call spark.weigh before it")
+        source = self.weighting
         if optimizer is None:
+            if credited:
+                raise SparkirError(
+                    "this preset learns from the student's weights; call "
+                    "spark.learn(optimizer, student, lq)"
+                )
             return self._improve(steps_of_the_output(seen, self.distance), seen)
         if student is None or self._factor is None:
             raise SparkirError(
@@ -198,13 +207,30 @@ class Spark(nn.Module):
             )
         if not _finite(optimizer):
             return None
+        module = student if isinstance(student, nn.Module) else None
+        if credited:
+            # DDP would wait for a backward pass that never comes.
+            bare = student.module if isinstance(student, DistributedDataParallel) else student
+            if len(seen.target) < 2:
+                raise SparkirError("this preset credits one image by another; use batches of two")
+            credit = credit_of_the_cells(
+                seen,
+                optimizer=optimizer,
+                student=lambda: self._unit(bare(*inputs)),
+                module=module,
+                alpha=source.alpha,
+                beta=source.beta,
+                grid=source.grid,
+                reach=source.reach,
+            )
+            return self._learn(source.learn_credit, credit)
         outputs = steps_of_the_student(
             seen,
             self.distance,
             optimizer=optimizer,
             step=step or optimizer.step,
             student=lambda: self._unit(student(*inputs)),
-            module=student if isinstance(student, nn.Module) else None,
+            module=module,
             factor=self.strength * self._factor,
             unscaled_by=unscaled_by,
         )
@@ -213,17 +239,23 @@ class Spark(nn.Module):
     def _improve(self, outputs: Outputs, seen: Seen) -> dict[str, float]:
         source = self.weighting
         gain = reward(*outputs, seen.target, alpha=source.alpha, beta=source.beta)
-        if not bool(gain.isfinite().all()):
+        return self._learn(source.learn, gain)
+
+    def _learn(
+        self, learn: Callable[[Tensor], dict[str, float]], found: Tensor
+    ) -> dict[str, float]:
+        if not bool(found.isfinite().all()):
             raise SparkirError(
-                f"the reward is {gain.tolist()}: the training has diverged; lower the learning "
-                "rate or clip the gradients"
+                f"the reward is {found.mean().item()}: the training has diverged; lower the "
+                "learning rate or clip the gradients"
             )
-        without_autocast = torch.autocast(gain.device.type, enabled=False)
-        with ranks.averaged(source), torch.enable_grad(), without_autocast:
-            return source.learn(gain)
+        without_autocast = torch.autocast(found.device.type, enabled=False)
+        with ranks.averaged(self.weighting), torch.enable_grad(), without_autocast:
+            return learn(found)
 
     def _is_due(self) -> bool:
-        return self.training and self.weighting.learns_at(self._steps)
+        source, step = self.weighting, self._steps
+        return self.training and (source.learns_at(step) or source.wants_credit_at(step))
 
     def _remember_factor(self, gradient: Tensor) -> None:
         """What the loss was multiplied by on its way: accumulation, gradient scaling."""
