@@ -56,13 +56,37 @@ def test_the_path_names_every_folder():
 
 def test_spark_knows_nothing_of_the_other_folders():
     for file in (SOURCE / "spark").glob("*.py"):
-        assert imports_of(file) <= {"spark"}, file.name
+        assert imports_of(file) <= {"spark", "errors"}, file.name
 
 
 def test_public_names():
-    assert sparkir.__all__ == ["SparkirError", "__version__"]
+    assert sparkir.__all__ == ["Spark", "SparkirError", "__version__"]
     for name in sparkir.__all__:
         assert hasattr(sparkir, name)
+    with pytest.raises(AttributeError, match="no attribute 'spork'"):
+        _ = sparkir.spork
+
+
+def test_spark_needs_torch_alone_and_imports_quickly():
+    """In an interpreter of its own, which has imported torch already."""
+    unwanted = {"pydantic", "onnx", "onnxruntime", "PIL", "safetensors", "typer", "rich", "skimage"}
+    code = (
+        "import sys, time, torch; began = time.process_time(); from sparkir import Spark; "
+        "took_s = time.process_time() - began; Spark; "
+        f"found = {unwanted} & sys.modules.keys(); "
+        "found |= {n for n in sys.modules if n.startswith('sparkir.') "
+        "and not n.startswith('sparkir.spark') and n != 'sparkir.errors'}; "
+        "sys.exit(f'{took_s:.2f} s, {found}' if took_s > 0.3 or found else 0)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+
+
+def test_importing_the_package_imports_nothing_heavy():
+    code = (
+        "import sys, sparkir; sys.exit(bool({'torch', 'numpy', 'jaxtyping'} & sys.modules.keys()))"
+    )
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
 
 
 def test_only_the_command_line_prints():

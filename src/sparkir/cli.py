@@ -366,12 +366,15 @@ def sets(
 def recipes(
     name: Annotated[str | None, typer.Argument(help="Print this one in full, as TOML.")] = None,
     weightings: Annotated[bool, typer.Option(help="List the sources of weight maps.")] = False,
+    schema: Annotated[bool, typer.Option(help="Print the JSON schema, for editors.")] = False,
 ) -> None:
     """List the shipped recipes, or print one."""
     from sparkir import recipe
     from sparkir.spark import weighting
 
-    if weightings:
+    if schema:
+        _say(escape(json.dumps(recipe.json_schema(), indent=1)))
+    elif weightings:
         _print_names(weighting.described())
     elif name is None:
         _print_names(recipe.shipped())

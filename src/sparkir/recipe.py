@@ -241,6 +241,15 @@ def shipped() -> dict[str, str]:
     return {name: load(name).description for name in names}
 
 
+def json_schema() -> dict[str, Any]:
+    """The JSON schema of a recipe, by which editors complete and check one."""
+    schema = Recipe.model_json_schema()
+    schema["$schema"] = "https://json-schema.org/draft/2020-12/schema"
+    schema["title"] = "sparkir recipe"
+    schema["$defs"]["WeightingChoice"]["properties"]["name"]["enum"] = list(weightings())
+    return schema
+
+
 def load(name_or_path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
     """Read a recipe by name or file, then apply overrides like `train.steps=100`.
 

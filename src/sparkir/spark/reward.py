@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -75,20 +76,26 @@ def undone(optimizer: optim.Optimizer) -> Iterator[None]:
     """
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
     saved = [p.detach().clone() for p in parameters]
-    gradients = [None if p.grad is None else p.grad.clone() for p in parameters]
+    gradients = [None if p.grad is None else (p.grad, p.grad.clone()) for p in parameters]
     state = {p: _copied(optimizer.state[p]) for p in parameters if p in optimizer.state}
+    settings = [{k: v for k, v in g.items() if k != "params"} for g in optimizer.param_groups]
+    groups = [_copied(values) for values in settings]
     try:
         yield
     finally:
         with torch.no_grad():
             for parameter, value, gradient in zip(parameters, saved, gradients, strict=True):
                 parameter.copy_(value)
-                parameter.grad = gradient
+                parameter.grad = None if gradient is None else gradient[0].copy_(gradient[1])
         for parameter in parameters:
             optimizer.state.pop(parameter, None)
             if parameter in state:
                 optimizer.state[parameter] = state[parameter]
+        for group, values in zip(optimizer.param_groups, groups, strict=True):
+            for key in group.keys() - values.keys() - {"params"}:
+                del group[key]
+            group.update(values)
 
 
 def _copied(state: dict[str, Any]) -> dict[str, Any]:
-    return {k: v.clone() if isinstance(v, Tensor) else v for k, v in state.items()}
+    return {k: v.clone() if isinstance(v, Tensor) else copy.deepcopy(v) for k, v in state.items()}
