@@ -635,12 +635,16 @@ def _print_comparison(comparison: Comparison) -> None:
         table = Table(title=title, title_justify="left", box=SIMPLE_HEAD, padding=(0, 1, 0, 0))
         chosen = columns(of_set, brief=True)
         for index, column in enumerate(chosen):
-            table.add_column(escape(column.title), justify="right" if index else "left")
+            right: dict[str, Any] = {"justify": "right", "no_wrap": True}
+            table.add_column(column.title, **right if index else {"overflow": "fold"})
         for line in of_set.lines:
             table.add_row(*(escape(column.text(line)) for column in chosen))
         out.print(table)
         for note in of_set.notes:
             _say(escape(note))
+    out.print()
+    for note in comparison.notes:
+        _say(escape(note))
     _say("written:")
     for what, path in comparison.files.items():
         _say(f"  {what:12} {escape(str(path))}")

@@ -127,7 +127,10 @@ def require_own_recipe(cell: Cell) -> None:
     written = cell.folder / "recipe.toml"
     if not written.is_file():
         return
-    found = differences(load(written), cell.recipe())
+    try:
+        found = differences(load(written), cell.recipe())
+    except SparkirError as error:
+        raise SparkirError(f"{error}; delete {cell.folder} to make it again") from error
     if found:
         raise SparkirError(
             f"{cell.folder} was made by another recipe: {'; '.join(found)}. "
@@ -195,14 +198,13 @@ def carry_out(
     with _held(cell.folder):
         require_own_recipe(cell)
         recipe = cell.recipe()
-        if cell.result() is None:
+        result = cell.result()
+        if result is None:
             _write(cell.folder / "recipe.toml", recipe.to_toml())
             result = _made(cell, recipe, materials(), report, stop_requested)
             _write(cell.folder / "result.json", json.dumps(result, indent=1))
         for name in ("last.pt", "best.pt"):
             (cell.folder / name).unlink(missing_ok=True)
-        result = cell.result()
-        assert result is not None
         if result["failed"]:
             raise Diverged(result["failed"])
         for name in unscored(cell, sets):
@@ -218,7 +220,8 @@ def _made(
     stop_requested: Callable[[], bool],
 ) -> dict[str, Any]:
     """Make the student, and say how it went."""
-    result: dict[str, Any] = {"failed": "", "versions": versions()}
+    device = device_for(recipe).type
+    result: dict[str, Any] = {"failed": "", "device": device, "versions": versions()}
     if cell.method.kind == "calibrated":
         save_student(recipe, _calibrated(cell, recipe, materials), _student_file(cell))
     if cell.method.kind != "trained":

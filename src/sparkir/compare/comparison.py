@@ -76,7 +76,6 @@ def compare(
         claim(folder, recipe, resume=False)
     report({"kind": "cells", "done": len(cells) - len(left), "total": len(cells)})
     failures = _carry_out(left, workspace, jobs, report, stop_requested)
-    report({"kind": "stage", "name": "tables", "steps": 0})
     return tabulate(folder, methods, cells, sets, baseline=baseline, failures=failures)
 
 

@@ -8,10 +8,11 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from sparkir.assemble import convention_of, device_for
+from sparkir.assemble import convention_of
 from sparkir.compare.cell import Cell, images_of
 from sparkir.compare.methods import Method, missing_rows
 from sparkir.errors import SparkirError
+from sparkir.evaluate.benchmark import ImageScore
 from sparkir.evaluate.perceptual import find_lpips
 from sparkir.recipe import Recipe
 from sparkir.report.comparison import Entry, Line, Scores, lines_of
@@ -29,6 +30,8 @@ class Comparison:
     folder: Path
     tables: list[SetTable]
     """One for each test set, the recipe's own first."""
+    notes: list[str]
+    """What is to be said of all of them."""
     files: dict[str, Path]
     """What each file is -> where it is."""
 
@@ -57,7 +60,7 @@ def tabulate(
     """
     _require_same_data(cells)
     recipe = cells[0].base
-    common = _common_notes(recipe, methods, cells, failures)
+    notes = _common_notes(recipe, methods, cells, baseline, failures)
     tables = []
     for name in sets:
         entries = [_entry(m, [c for c in cells if c.method is m], cells, name) for m in methods]
@@ -69,10 +72,11 @@ def tabulate(
                 convention=convention_of(recipe).label,
                 baseline=title,
                 lines=lines,
-                notes=[*_statistics_notes(lines, title, baseline), *common],
+                notes=_statistics_notes(lines, title, baseline),
             )
         )
-    return Comparison(folder=folder, tables=tables, files=_write(folder, recipe, tables, cells))
+    files = _write(folder, recipe, tables, notes, cells)
+    return Comparison(folder=folder, tables=tables, notes=notes, files=files)
 
 
 def _require_same_data(cells: Sequence[Cell]) -> None:
@@ -91,7 +95,9 @@ def _require_same_data(cells: Sequence[Cell]) -> None:
 def _entry(method: Method, own: Sequence[Cell], cells: Sequence[Cell], test_set: str) -> Entry:
     """One method on one test set."""
     seeds = sorted({cell.seed for cell in cells})
-    shown, as_trained, step_ms = {}, {}, {}
+    shown: dict[int, list[ImageScore]] = {}
+    as_trained: dict[int, list[ImageScore]] = {}
+    step_ms: dict[int, float] = {}
     for cell in own:
         result, scores = cell.result() or {}, cell.scores(test_set)
         if scores is None:
@@ -101,8 +107,8 @@ def _entry(method: Method, own: Sequence[Cell], cells: Sequence[Cell], test_set:
         shown |= dict.fromkeys(of, images_of(scores, kind))
         if "training" in scores["scores"]:
             as_trained[cell.seed] = images_of(scores, "training")
-        if _clock(cell.base) in result:
-            step_ms[cell.seed] = result[_clock(cell.base)]
+        if _clock(result) in result:
+            step_ms[cell.seed] = result[_clock(result)]
     return Entry(
         name=method.name,
         label=_label(method, shown, seeds),
@@ -118,9 +124,9 @@ def _label(method: Method, scores: Scores, seeds: Sequence[int]) -> str:
     return method.label
 
 
-def _clock(recipe: Recipe) -> str:
+def _clock(result: Mapping[str, Any]) -> str:
     """CPU time does not see what else the machine does; a GPU's work is seen by the clock alone."""
-    return "step_ms" if device_for(recipe).type == "cuda" else "step_cpu_ms"
+    return "step_ms" if result.get("device") == "cuda" else "step_cpu_ms"
 
 
 # What is said below a table -------------------------------------------------------------------
@@ -149,16 +155,20 @@ def _common_notes(
     recipe: Recipe,
     methods: Sequence[Method],
     cells: Sequence[Cell],
+    baseline: str,
     failures: Mapping[Cell, str],
 ) -> list[str]:
     assert recipe.quant is not None
     bits = recipe.quant.label
     notes = [
-        f"Students are {bits} and scored as the integer network; `as trained` is the same student "
-        "in the arithmetic of its training, a check."
+        f"Students are {bits} and scored as the integer network; 'as trained' is the PSNR of the "
+        "same student in the arithmetic of its training, a check."
     ]
-    by = "time" if _clock(recipe) == "step_ms" else "CPU time of all cores"
-    notes.append(f"Step cost: {by} of a training step over QAT's.")
+    by_clock = any(_clock(cell.result() or {}) == "step_ms" for cell in cells)
+    spent = "time, noisy if several trained at once," if by_clock else "CPU time of all cores"
+    unit = "qat" if any(method.name == "qat" for method in methods) else baseline
+    title = next(method.label for method in methods if method.name == unit)
+    notes.append(f"Cost: {spent} of a training step over that of {title}.")
     if any(method.kind == "calibrated" for method in methods):
         after = (
             "after its float training" if not recipe.student.weights else "with its first weights"
@@ -196,17 +206,22 @@ def _matched_notes(methods: Sequence[Method], cells: Sequence[Cell]) -> list[str
 
 
 def _write(
-    folder: Path, recipe: Recipe, tables: Sequence[SetTable], cells: Sequence[Cell]
+    folder: Path,
+    recipe: Recipe,
+    tables: Sequence[SetTable],
+    notes: Sequence[str],
+    cells: Sequence[Cell],
 ) -> dict[str, Path]:
     values = {
         "recipe": recipe.model_dump(mode="json"),
         "versions": versions(),
         "tables": [asdict(table) for table in tables],
+        "notes": list(notes),
         "cells": [_cell_values(cell, [table.name for table in tables]) for cell in cells],
     }
     texts = {
-        "table": ("comparison.md", to_markdown(tables, recipe.name)),
-        "LaTeX": ("comparison.tex", to_latex(tables, recipe.name)),
+        "table": ("comparison.md", to_markdown(tables, recipe.name, notes)),
+        "LaTeX": ("comparison.tex", to_latex(tables, recipe.name, notes)),
         "CSV": ("comparison.csv", to_csv(tables)),
         "JSON": ("comparison.json", json.dumps(values, indent=1)),
     }

@@ -27,7 +27,7 @@ class SetTable:
     """Its label."""
     lines: list[Line]
     notes: list[str]
-    """What is to be said below, a line each."""
+    """What is to be said of this one, a line each."""
 
     @property
     def has_lpips(self) -> bool:
@@ -51,17 +51,27 @@ def columns(table: SetTable, *, brief: bool = False) -> list[Column]:
     ]
     if table.has_lpips:
         chosen.append(Column("LPIPS", lambda line: _figure(line.lpips, 4)))
+    if brief:
+        change = Column("difference (95 %)", lambda line: _interval(line.differences["psnr_db"], 3))
+        chosen.append(change)
+    else:
+        chosen += _differences(table)
+    return [
+        *chosen,
+        Column("as trained", lambda line: _figure(line.psnr_db_as_trained, 3)),
+        Column("cost", lambda line: _figure(line.cost, 2)),
+    ]
+
+
+def _differences(table: SetTable) -> list[Column]:
     to = f"to {table.baseline} [95 %]"
-    chosen.append(Column(f"PSNR {to}", lambda line: _interval(line.differences["psnr_db"], 3)))
-    if not brief:
-        chosen.append(Column(f"SSIM {to}", lambda line: _interval(line.differences["ssim"], 4)))
-        if table.has_lpips:
-            chosen.append(
-                Column(f"LPIPS {to}", lambda line: _interval(line.differences["lpips"], 4))
-            )
-    chosen.append(Column("PSNR as trained", lambda line: _figure(line.psnr_db_as_trained, 3)))
-    chosen.append(Column("step cost", lambda line: "" if line.cost is None else f"{line.cost:.2f}"))
-    return chosen
+    found = [
+        Column(f"PSNR {to}", lambda line: _interval(line.differences["psnr_db"], 3)),
+        Column(f"SSIM {to}", lambda line: _interval(line.differences["ssim"], 4)),
+    ]
+    if table.has_lpips:
+        found.append(Column(f"LPIPS {to}", lambda line: _interval(line.differences["lpips"], 4)))
+    return found
 
 
 def _figure(value: float | None, digits: int) -> str:
@@ -74,8 +84,8 @@ def _interval(value: Interval | None, digits: int) -> str:
     return f"{value.mean:+.{digits}f} [{value.low:+.{digits}f}, {value.high:+.{digits}f}]"
 
 
-def to_markdown(tables: Sequence[SetTable], title: str) -> str:
-    """One section for each test set."""
+def to_markdown(tables: Sequence[SetTable], title: str, notes: Sequence[str]) -> str:
+    """One section for each test set, and below them what is to be said of all."""
     parts = [f"# {title}"]
     for table in tables:
         chosen = columns(table)
@@ -84,10 +94,14 @@ def to_markdown(tables: Sequence[SetTable], title: str) -> str:
             markdown_line(["---", *("---:" for _ in chosen[1:])]),
             *(markdown_line([column.text(line) for column in chosen]) for line in table.lines),
         ]
-        notes = [f"- {note}" for note in table.notes]
         caption = f"{table.convention}; SSIM alike."
-        parts += [f"## {table.name}", caption, "\n".join(rows), "\n".join(notes)]
+        parts += [f"## {table.name}", caption, "\n".join(rows), _listed(table.notes)]
+    parts += ["## Notes", _listed(notes)]
     return "\n\n".join(part for part in parts if part) + "\n"
+
+
+def _listed(notes: Sequence[str]) -> str:
+    return "\n".join(f"- {note}" for note in notes)
 
 
 _LATEX = str.maketrans(
@@ -102,12 +116,13 @@ _LATEX = str.maketrans(
 )
 
 
-def to_latex(tables: Sequence[SetTable], title: str) -> str:
+def to_latex(tables: Sequence[SetTable], title: str, notes: Sequence[str]) -> str:
     """A table for each test set; it needs the package booktabs."""
     parts = []
     for table in tables:
         chosen = columns(table)
-        caption = f"{title}, {table.name}. {table.convention}; SSIM alike. {' '.join(table.notes)}"
+        said = " ".join([*table.notes, *notes])
+        caption = f"{title}, {table.name}. {table.convention}; SSIM alike. {said}"
         head = " & ".join(column.title.translate(_LATEX) for column in chosen)
         body = [
             " & ".join(column.text(line).translate(_LATEX) for column in chosen) + r" \\"
