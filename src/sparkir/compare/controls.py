@@ -13,8 +13,9 @@ from sparkir.errors import SparkirError
 from sparkir.recipe import Recipe, changed
 from sparkir.spark.weighting import to_pixels
 
-_MAPS, _PX_PER_CELL, _ROUNDS = 256, 8, 200
+_MAPS, _PX_PER_CELL, _ROUNDS = 128, 6, 200
 _TOLERANCE = 1e-3
+_FAR = 10.0  # W would be 0 or 1 almost everywhere, and no scatter could be larger
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -72,7 +73,7 @@ def matched_random(record: WeightRecord, *, grid: int) -> dict[str, float]:
             return {"mean": mean, "sigma": sigma}
         mean += record.mean - found
         sigma *= record.deviation / max(scatter, 1e-12)
-        if not (abs(mean) < 1e3 and sigma < 1e3):
+        if not (abs(mean) < _FAR and sigma < _FAR):
             break
     raise SparkirError(
         f"no random W in [0, 1] has the mean {record.mean:.4f} and the deviation "
