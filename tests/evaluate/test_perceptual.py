@@ -1,4 +1,4 @@
-"""LPIPS: found where it is, and never at the price of a download. The metric itself is a stand-in."""
+"""LPIPS: found where it is, never at the price of a download. The metric itself is a stand-in."""
 
 import sys
 import types

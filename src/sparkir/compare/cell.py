@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
@@ -162,12 +163,16 @@ def unscored(cell: Cell, sets: Mapping[str, str]) -> list[str]:
 def _held(folder: Path) -> Iterator[None]:
     """Keep other processes out of the folder: a comparison that was killed may leave one behind.
 
-    It waits: whoever is inside stops at the end of its step when its parent is gone.
+    It waits: whoever is inside stops at the end of its step when its parent is gone. The file says
+    which process that is.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    with (folder / ".lock").open("w") as file:
+    with (folder / ".lock").open("a") as file:
         if fcntl is not None:
             fcntl.flock(file, fcntl.LOCK_EX)
+        file.truncate(0)
+        file.write(f"{os.getpid()}\n")
+        file.flush()
         yield
 
 

@@ -55,7 +55,7 @@ def compare(
             fails is a row of the tables instead.
         Interrupted: `stop_requested` said so; the same call goes on.
     """
-    sets = test_sets(recipe, more_sets)
+    sets = sets_of(recipe, more_sets)
     if min(seeds, jobs) < 1:
         raise SparkirError(f"--seeds {seeds} --jobs {jobs}: give 1 or more of each")
     if baseline not in {method.name for method in methods}:
@@ -79,7 +79,7 @@ def compare(
     return tabulate(folder, methods, cells, sets, baseline=baseline, failures=failures)
 
 
-def test_sets(recipe: Recipe, more: Sequence[str]) -> dict[str, str]:
+def sets_of(recipe: Recipe, more: Sequence[str]) -> dict[str, str]:
     """Name of each test set -> where its images are; the recipe's own first.
 
     Raises:
