@@ -25,6 +25,7 @@ PATH = [
 ]
 # These stand above all folders and wire them.
 ABOVE = {"cli", "run", "recipe", "assemble", "measure", "export", "tools"}
+ABOVE_ALL = "compare"  # a folder that stands above these, too
 
 
 def imports_of(file: Path) -> set[str]:
@@ -50,8 +51,13 @@ def test_a_folder_imports_only_from_above(folder):
 
 def test_the_path_names_every_folder():
     folders = {p.name for p in SOURCE.iterdir() if p.is_dir() and (p / "__init__.py").exists()}
-    assert folders == {*PATH, "recipes"}
+    assert folders == {*PATH, "recipes", ABOVE_ALL}
     assert {p.stem for p in SOURCE.glob("*.py")} == ABOVE | {"__init__", "errors"}
+
+
+def test_only_the_command_line_knows_the_comparison():
+    files = [file for file in SOURCE.rglob("*.py") if file.parent.name != ABOVE_ALL]
+    assert [file.name for file in files if ABOVE_ALL in imports_of(file)] == ["cli.py"]
 
 
 def test_spark_knows_nothing_of_the_other_folders():

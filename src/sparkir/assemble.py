@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import inspect
 import json
 import os
@@ -283,7 +284,7 @@ def gather(recipe: Recipe, report: Report = silent) -> Materials:
     _require_channels(recipe.data, student, teacher)
     train_pairs = open_pairs(recipe.data, recipe.data.train, report, split="train")
     test_pairs = open_pairs(recipe.data, recipe.data.test, report)
-    _require_measurable(test_pairs, convention_of(recipe))
+    require_measurable(test_pairs, convention_of(recipe))
     materials = Materials(
         train=train_pairs,
         test=test_pairs,
@@ -353,7 +354,7 @@ def _require_channels(data: Data, student: nn.Module, teacher: nn.Module | None)
         )
 
 
-def _require_measurable(pairs: PairStore, convention: Convention) -> None:
+def require_measurable(pairs: PairStore, convention: Convention) -> None:
     """Stop now if the smallest image leaves nothing to measure."""
     smallest = min(range(len(pairs)), key=lambda index: min(pairs.lq_size(index)))
     _, gt = pairs.pair(smallest)
@@ -363,6 +364,22 @@ def _require_measurable(pairs: PairStore, convention: Convention) -> None:
         raise SparkirError(
             f"test image {pairs.names[smallest]}: {error}; remove it or take a larger one"
         ) from error
+
+
+def network_hash(network: nn.Module) -> str:
+    """A hash of a network's facts, its modules and their settings, and all its numbers."""
+    known = hashlib.sha256(repr((facts_of(network), str(network))).encode())
+    for name, module in network.named_modules():
+        settings = [
+            f"{name}.{key}={value}"
+            for key, value in sorted(vars(module).items())
+            if isinstance(value, bool | int | float | str) and key != "training"
+        ]
+        known.update("\n".join(settings).encode())
+    for name, tensor in sorted(network.state_dict().items()):
+        known.update(name.encode())
+        known.update(tensor.detach().cpu().flatten().contiguous().view(torch.uint8).numpy())
+    return known.hexdigest()[:16]
 
 
 def save_student(recipe: Recipe, student: nn.Module, path: Path) -> None:

@@ -7,7 +7,7 @@ import re
 import shlex
 import signal
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType
@@ -32,6 +32,7 @@ from rich.table import Table
 from sparkir.errors import SparkirError
 
 if TYPE_CHECKING:
+    from sparkir.compare.tabulate import Comparison
     from sparkir.deploy.results import Benchmark
     from sparkir.recipe import Recipe
     from sparkir.restore.network import Restorer
@@ -123,6 +124,72 @@ def distill(
             _say(f"{what}; go on with {escape(command)}", to=err)
             sys.exit(130)
     _print_outcome(outcome)
+
+
+@app.command()
+def compare(
+    recipe: RecipeName,
+    methods: Annotated[
+        str | None,
+        typer.Option(
+            help="As in ptq,qat,kd,spark-paper, or all. "
+            "Default: the rows that a claim about quality needs."
+        ),
+    ] = None,
+    seeds: Annotated[int, typer.Option(help="How many; the first is the recipe's.")] = 1,
+    baseline: Annotated[str, typer.Option(help="What differences are taken to.")] = "qat",
+    data: Annotated[
+        Path | None,
+        typer.Option(help="Training images; with folders train/ and test/ inside, both."),
+    ] = None,
+    test: Annotated[
+        list[str] | None,
+        typer.Option(metavar="NAME=DIR", help="One more test set. May be repeated."),
+    ] = None,
+    out_folder: Annotated[
+        Path | None, typer.Option("--out", help="Default: runs/compare-NAME.")
+    ] = None,
+    jobs: Annotated[
+        int, typer.Option(help="Trainings at the same time; they share the cores.")
+    ] = 1,
+    overrides: Overrides = None,
+) -> None:
+    """Train many methods from one start, score them side by side, and say how sure that is.
+
+    Given again, the command goes on where it was interrupted, and adds what is new: methods, seeds,
+    test sets. What is finished is taken as it is.
+    """
+    from sparkir.compare.comparison import compare as carry_out
+    from sparkir.compare.methods import choose
+    from sparkir.train.loop import Interrupted
+
+    chosen = _load(recipe, [*_shortcuts(None, None, None, data), *(overrides or ())])
+    rows = choose(methods, chosen)
+    folder = out_folder or Path("runs") / f"compare-{chosen.name}"
+    _say(f"[bold]{escape(chosen.name)}[/]: {escape(', '.join(row.name for row in rows))}")
+    _say(f"folder [bold]{escape(str(folder))}[/]; Ctrl-C stops after the step, to be gone on with")
+    with _display(_CellDisplay) as shown, shown.stoppable():
+        try:
+            comparison = carry_out(
+                chosen,
+                folder,
+                methods=rows,
+                seeds=seeds,
+                baseline=baseline,
+                more_sets=test or (),
+                jobs=jobs,
+                report=shown,
+                stop_requested=lambda: shown.stop,
+            )
+        except (Interrupted, KeyboardInterrupt) as error:
+            if not (folder / "recipe.toml").is_file():
+                raise
+            shown.finish()
+            what = "stopped and saved" if isinstance(error, Interrupted) else "stopped"
+            where = shlex.quote(str(folder))
+            _say(f"{what} in {escape(where)}; go on with the same command", to=err)
+            sys.exit(130)
+    _print_comparison(comparison)
 
 
 @app.command()
@@ -549,8 +616,49 @@ class _Display:
             signal.signal(signal.SIGINT, before)
 
 
+class _CellDisplay(_Display):
+    """The same for many trainings, perhaps several at once: a bar for each, and one for all."""
+
+    def __init__(self, progress: Progress) -> None:
+        super().__init__(progress)
+        self.cells: dict[str, TaskID] = {}
+        self.overall: TaskID | None = None
+
+    def _on_cells(self, event: dict[str, Any]) -> None:
+        self.finish()
+        self.training = True
+        self.overall = self.progress.add_task(
+            "comparison", completed=event["done"], total=event["total"], note=""
+        )
+
+    def _on_cell(self, event: dict[str, Any]) -> None:
+        name = escape(event["cell"])
+        self.cells[event["cell"]] = self.progress.add_task(name, total=event["steps"], note="")
+
+    def _on_resumed(self, event: dict[str, Any]) -> None:
+        self.progress.update(self.cells[event["cell"]], completed=event["step"])
+
+    def _on_step(self, event: dict[str, Any]) -> None:
+        note = f"loss {event['loss']:.5f}"
+        self.progress.update(self.cells[event["cell"]], completed=event["step"], note=note)
+
+    def _on_evaluation(self, event: dict[str, Any]) -> None:
+        note = f"PSNR {event['psnr_db']:.2f} dB"
+        self.progress.update(self.cells[event["cell"]], note=note)
+
+    def _on_scoring(self, event: dict[str, Any]) -> None:
+        self.progress.update(self.cells[event["cell"]], note=escape(f"scoring {event['set']}"))
+
+    def _on_cell_done(self, event: dict[str, Any]) -> None:
+        self.progress.remove_task(self.cells.pop(event["cell"]))
+        if self.overall is not None:
+            self.progress.advance(self.overall)
+        if event["failed"]:
+            self._on_warning({"message": f"{event['cell']} failed: {event['failed']}"})
+
+
 @contextmanager
-def _display() -> Iterator[_Display]:
+def _display(kind: Callable[[Progress], _Display] = _Display) -> Iterator[_Display]:
     columns = (
         SpinnerColumn(),
         TextColumn("{task.description}"),
@@ -563,7 +671,7 @@ def _display() -> Iterator[_Display]:
     )
     try:
         with Progress(*columns, console=out, refresh_per_second=4) as progress:
-            shown = _Display(progress)
+            shown = kind(progress)
             yield shown
             shown.finish()
     except KeyboardInterrupt:
@@ -587,6 +695,29 @@ def _print_outcome(outcome: Outcome) -> None:
         _say(f"export: {escape(outcome.parity.summary())}")
     _say("written:")
     for what, path in outcome.files.items():
+        _say(f"  {what:12} {escape(str(path))}")
+
+
+def _print_comparison(comparison: Comparison) -> None:
+    from sparkir.report.comparison_text import columns
+
+    for of_set in comparison.tables:
+        title = f"{of_set.name}: {of_set.convention}; SSIM alike"
+        table = Table(title=title, title_justify="left", box=SIMPLE_HEAD, padding=(0, 1, 0, 0))
+        chosen = columns(of_set, brief=True)
+        for index, column in enumerate(chosen):
+            right: dict[str, Any] = {"justify": "right", "no_wrap": True}
+            table.add_column(column.title, **right if index else {"overflow": "fold"})
+        for line in of_set.lines:
+            table.add_row(*(escape(column.text(line)) for column in chosen))
+        out.print(table)
+        for note in of_set.notes:
+            _say(escape(note))
+    out.print()
+    for note in comparison.notes:
+        _say(escape(note))
+    _say("written:")
+    for what, path in comparison.files.items():
         _say(f"  {what:12} {escape(str(path))}")
 
 

@@ -305,6 +305,18 @@ def with_overrides(data: Data, overrides: Sequence[str]) -> Data:
     return changed
 
 
+def changed(recipe: Recipe, **keys: Any) -> Recipe:  # noqa: ANN401 - values of a recipe
+    """The recipe with whole keys of its top level replaced, checked like one from a file.
+
+    Raises:
+        SparkirError: they do not fit the rest.
+    """
+    plain = {
+        k: v.model_dump(mode="json") if isinstance(v, _Section) else v for k, v in keys.items()
+    }
+    return from_values(recipe.model_dump(mode="json") | plain, f"recipe {recipe.name}, changed")
+
+
 def differences(old: Recipe, new: Recipe) -> list[str]:
     """The keys in which two recipes differ, as `key: old -> new`."""
     before, after = _flat(old.model_dump(mode="json")), _flat(new.model_dump(mode="json"))

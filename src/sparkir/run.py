@@ -379,7 +379,7 @@ def _write_report(outcome: Outcome, recipe: Recipe) -> None:
         parts.append(f"{outcome.remark}.\n")
     if outcome.parity is not None:
         parts.append(f"Export: {outcome.parity.summary()}.\n")
-    _write_text(outcome.files["table"], "\n".join(parts))
+    write_text(outcome.files["table"], "\n".join(parts))
     values = {
         "recipe": recipe.model_dump(mode="json"),
         "versions": versions(),
@@ -388,14 +388,19 @@ def _write_report(outcome: Outcome, recipe: Recipe) -> None:
         "remark": outcome.remark,
         "export": None if outcome.parity is None else outcome.parity.summary(),
     }
-    _write_text(outcome.folder / "report.json", json.dumps(values, indent=1))
+    write_text(outcome.folder / "report.json", json.dumps(values, indent=1))
 
 
-def _write_text(path: Path, text: str) -> None:
+def write_text(path: Path, text: str, *, then: str = "go on with --resume") -> None:
+    """Write a file whole or not at all.
+
+    Raises:
+        SparkirError: it cannot be written; the message says to free some space and `then`.
+    """
     try:
         with atomic_file(path) as file:
             file.write(text.encode())
     except OSError as error:
         raise SparkirError(
-            f"cannot write {path}: {one_line(error)}; free some space and go on with --resume"
+            f"cannot write {path}: {one_line(error)}; free some space and {then}"
         ) from error

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import pickle
 import tempfile
@@ -22,6 +21,7 @@ from sparkir.assemble import (
     convention_of,
     gather,
     load_student,
+    network_hash,
     open_pairs,
     quantize_student,
 )
@@ -174,24 +174,8 @@ def restorer_of(opened: Opened) -> Restorer:
             return restored.float().cpu().numpy()
 
     return Restorer(
-        facts=facts_of(network), run=run, label=opened.label, identity=_hash_of(network)
+        facts=facts_of(network), run=run, label=opened.label, identity=network_hash(network)
     )
-
-
-def _hash_of(network: nn.Module) -> str:
-    """A hash of a network's facts, its modules and their settings, and all its numbers."""
-    known = hashlib.sha256(repr((facts_of(network), str(network))).encode())
-    for name, module in network.named_modules():
-        settings = [
-            f"{name}.{key}={value}"
-            for key, value in sorted(vars(module).items())
-            if isinstance(value, bool | int | float | str) and key != "training"
-        ]
-        known.update("\n".join(settings).encode())
-    for name, tensor in sorted(network.state_dict().items()):
-        known.update(name.encode())
-        known.update(tensor.detach().cpu().flatten().contiguous().view(torch.uint8).numpy())
-    return known.hexdigest()[:16]
 
 
 def export_run(

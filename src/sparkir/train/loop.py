@@ -27,6 +27,10 @@ class Interrupted(Exception):  # noqa: N818 - it is no error
     """The run was asked to stop, and did so after saving its state."""
 
 
+class Diverged(SparkirError):  # noqa: N818 - what happened, as with Interrupted
+    """The loss, a gradient or a reward is no longer finite: the same run would do it again."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class LoopSettings:
     """How long, and how often."""
@@ -66,7 +70,7 @@ def train(
             raised.
 
     Raises:
-        SparkirError: the loss or a gradient is no longer finite; the last checkpoint is good.
+        Diverged: the loss or a gradient is no longer finite; the last checkpoint is good.
         Interrupted: see `stop_requested`.
     """
     device = next(task.student.parameters()).device
@@ -145,9 +149,9 @@ def _checked_norm(
     raise _diverged(what, step, checkpoint)
 
 
-def _diverged(what: str, step: int, checkpoint: Path) -> SparkirError:
+def _diverged(what: str, step: int, checkpoint: Path) -> Diverged:
     kept = f"the last good state is {checkpoint}" if checkpoint.exists() else "nothing was saved"
-    return SparkirError(
+    return Diverged(
         f"{what} at step {step}; {kept}. Lower train.learning_rate or set train.clip_norm"
     )
 
