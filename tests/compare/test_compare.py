@@ -501,7 +501,7 @@ def test_what_waits_for_a_failed_method_fails_with_it(short, monkeypatch):
         raise SparkirError("the disk is full")
 
     monkeypatch.setattr(sparkir.compare.cell, "train_student", full)
-    names = ("--methods", "constant,teacher", "--baseline", "teacher")
+    names = ("--methods", "constant,teacher", "--baseline", "constant")
     said = call("compare", "tiny.toml", *names, "--out", "made")
     assert said.code == 0, said
     assert "SPARK (paper), seed 0 failed: the disk is full" in said.out
@@ -530,7 +530,8 @@ def refused(short: Path) -> Callable[..., None]:
     [
         (["--methods", "qta"], "unknown method 'qta'; did you mean 'qat'?"),
         (["--methods", "kd"], "the baseline qat is not among the methods; add it to --methods"),
-        (["--methods", "kd", "--baseline", "kdd"], "choose another with --baseline: kd"),
+        (["--methods", "kd", "--baseline", "ptq"], "choose another with --baseline: kd"),
+        (["--methods", "kd", "--baseline", "kdd"], "unknown method 'kdd'; did you mean 'kd'?"),
         (["--seeds", 0], "--seeds 0 --jobs 1: give 1 or more of each"),
         (["--jobs", 0], "--seeds 1 --jobs 0"),
         (["--test", "Set5"], "--test 'Set5': write it as NAME=DIR"),
