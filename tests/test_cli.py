@@ -885,6 +885,17 @@ COMMANDS = {
         "--set",
         "--resume",
     ],
+    "compare": [
+        "RECIPE",
+        "--methods",
+        "--seeds",
+        "--baseline",
+        "--data",
+        "--test",
+        "--out",
+        "--jobs",
+        "--set",
+    ],
     "evaluate": ["MODEL", "--data", "--weights", "--option", "--metric", "--each", "--set"],
     "restore": [
         "MODEL",

@@ -32,7 +32,7 @@ from sparkir.evaluate.metrics import Convention
 from sparkir.evaluate.perceptual import Lpips
 from sparkir.evaluate.statistics import paired_bootstrap
 from sparkir.models.checkpoint import read_weights
-from sparkir.models.registry import build
+from sparkir.models.registry import available, build
 from sparkir.quant.reference import freeze
 from sparkir.recipe import load
 from sparkir.report.events import read_events
@@ -235,12 +235,14 @@ def test_every_method_sees_the_same_crops_and_starts_from_the_same_weights(short
     assert starts["seed-0/qat"] != starts["seed-1/qat"]  # a fresh student's weights
 
 
-@pytest.mark.parametrize("name", ["srcnn", "dncnn", "rfdn", "edsr"])
+@pytest.mark.parametrize("name", available())
 def test_networks_draw_nothing_while_they_train(name):
     """Or the draws of a policy, from the same generator, would change the student's."""
     network = build(name).train()
+    facts = network.facts
+    side = -(-max(24, facts.min_size_px) // facts.size_multiple) * facts.size_multiple
     before = torch.get_rng_state()
-    network(torch.rand(1, network.facts.channels, 24, 24, generator=torch.Generator()))
+    network(torch.full((1, facts.channels, side, side), 0.5))
     assert torch.equal(torch.get_rng_state(), before)
 
 
@@ -499,7 +501,7 @@ def test_what_waits_for_a_failed_method_fails_with_it(short, monkeypatch):
         raise SparkirError("the disk is full")
 
     monkeypatch.setattr(sparkir.compare.cell, "train_student", full)
-    names = ("--methods", "constant,teacher", "--baseline", "teacher")
+    names = ("--methods", "constant,teacher", "--baseline", "constant")
     said = call("compare", "tiny.toml", *names, "--out", "made")
     assert said.code == 0, said
     assert "SPARK (paper), seed 0 failed: the disk is full" in said.out
@@ -528,7 +530,8 @@ def refused(short: Path) -> Callable[..., None]:
     [
         (["--methods", "qta"], "unknown method 'qta'; did you mean 'qat'?"),
         (["--methods", "kd"], "the baseline qat is not among the methods; add it to --methods"),
-        (["--methods", "kd", "--baseline", "kdd"], "choose another with --baseline: kd"),
+        (["--methods", "kd", "--baseline", "ptq"], "choose another with --baseline: kd"),
+        (["--methods", "kd", "--baseline", "kdd"], "unknown method 'kdd'; did you mean 'kd'?"),
         (["--seeds", 0], "--seeds 0 --jobs 1: give 1 or more of each"),
         (["--jobs", 0], "--seeds 1 --jobs 0"),
         (["--test", "Set5"], "--test 'Set5': write it as NAME=DIR"),

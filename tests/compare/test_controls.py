@@ -30,18 +30,28 @@ def test_a_training_without_weights_has_no_record():
 
 
 @pytest.mark.parametrize(
-    ("mean", "deviation", "grid"),
-    [(0.5, 0.13, 8), (0.8, 0.12, 8), (0.1, 0.05, 8), (0.5, 0.1, 4), (0.3, 0.0, 8)],
+    ("mean", "deviation", "grid", "highest"),
+    [
+        (0.5, 0.13, 8, 1.0),
+        (0.8, 0.12, 8, 1.0),
+        (0.1, 0.05, 8, 1.0),
+        (0.5, 0.1, 4, 1.0),
+        (0.3, 0.0, 8, 1.0),
+        (1.0, 0.4, 8, 3.4),
+    ],
 )
-def test_random_weights_have_the_mean_and_deviation_that_they_are_matched_to(mean, deviation, grid):
+def test_random_weights_are_scattered_as_those_that_they_are_matched_to(
+    mean, deviation, grid, highest
+):
     """Drawn by the source itself, on other noise than the matching used."""
     torch.manual_seed(1)
-    options = matched_random(WeightRecord(mean=mean, deviation=deviation), grid=grid)
-    source = weighting("random", **options, grid=grid)
+    record = WeightRecord(mean=mean, deviation=deviation)
+    source = weighting("random", **matched_random(record, grid=grid, highest=highest))
     images = torch.zeros(2000, 3, 32, 32)
     drawn = source(images, images, images)
     assert float(drawn.mean()) == pytest.approx(mean, abs=0.003)
     assert float(drawn.std()) == pytest.approx(deviation, rel=0.03, abs=1e-6)
+    assert 0 <= float(drawn.min()) <= float(drawn.max()) <= highest
 
 
 @pytest.mark.parametrize(("mean", "deviation"), [(1.5, 0.1), (0.9, 0.3), (-0.2, 0.1)])

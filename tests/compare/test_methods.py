@@ -13,8 +13,10 @@ from sparkir.compare.methods import (
     requirements,
     sparks,
 )
+from sparkir.distill.methods import methods as distillation_methods
+from sparkir.distill.methods import published
 from sparkir.errors import SparkirError
-from sparkir.recipe import Recipe, changed, differences, from_values
+from sparkir.recipe import Distill, Recipe, changed, differences, from_values
 from sparkir.spark.weighting import weightings
 
 VALUES = {
@@ -42,9 +44,30 @@ CHANGES = {
     "kd-mse@1": {"distill.strength": 1.0, **UNIFORM},
     "kd-mse@20": {"distill.strength": 20.0, **UNIFORM},
     "kd-mse@100": {"distill.strength": 100.0, **UNIFORM},
+    "kd-matched": {"distill.norm": "matched", "distill.strength": 1.0, **UNIFORM},
     "kd-mse@2.5": {"distill.strength": 2.5, **UNIFORM},
     "constant": {"weighting.name": "constant", "weighting.options.value": 0.625},
     "random": {"weighting.name": "random", "weighting.options.grid": 4},
+    "constant:spark": {
+        "distill.norm": "matched",
+        "distill.strength": 1.0,
+        "weighting.name": "constant",
+    },
+    "random:spark": {
+        "distill.norm": "matched",
+        "distill.strength": 1.0,
+        "weighting.name": "random",
+        "weighting.options.grid": 8,
+        "weighting.options.highest": 1.225,  # SPARK's has no bound: far in its tail
+    },
+    "spark": {"distill.norm": "matched", "distill.strength": 1.0, "weighting.name": "spark"},
+    "fitnet": {
+        "distill.method": "fitnet",
+        "distill.norm": "l1",
+        "distill.strength": 1.0,
+        **UNIFORM,
+    },
+    "skt": {"distill.method": "skt", "distill.strength": 0.0, **UNIFORM},
     "fixed:student_error": {"weighting.name": "fixed:student_error"},
     "confidence": {"weighting.name": "confidence"},
     "spark-paper": {},
@@ -81,10 +104,17 @@ def test_a_method_changes_its_own_keys_and_no_others(recipe, name):
             assert before.get(key) == after.get(key), key
 
 
-def test_every_method_is_in_the_table_above_or_a_sibling_of_one(recipe):
-    for name in methods():
-        family = name.partition(":")[0]
-        assert any(name == known or known.partition(":")[0] == family for known in CHANGES), name
+def test_every_method_is_in_the_table_above_or_a_sibling_of_one():
+    families = {name.partition(":")[0] for name in CHANGES} | set(distillation_methods())
+    assert {name.partition(":")[0] for name in methods()} <= families
+    assert set(distillation_methods()) <= methods().keys()
+
+
+@pytest.mark.parametrize("name", distillation_methods())
+def test_a_published_method_is_as_published(recipe, name):
+    if name != "kd":
+        found = recipe_of(find(name, recipe), recipe).distill.model_dump(exclude_defaults=True)
+        assert found == Distill(**published(name)).model_dump(exclude_defaults=True)
 
 
 def test_a_constant_has_the_mean_and_a_random_w_the_grid_of_its_spark(recipe):
@@ -92,7 +122,8 @@ def test_a_constant_has_the_mean_and_a_random_w_the_grid_of_its_spark(recipe):
     assert constant.weighting.options == {"value": 0.625}
     assert constant.distill == recipe.distill
     noise = recipe_of(find("random:spark-paper", recipe), recipe, RECORD).weighting.options
-    assert noise.keys() == {"mean", "sigma", "grid"}
+    assert noise.keys() == {"mean", "sigma", "grid", "highest"}
+    assert noise["highest"] == 1.0
     assert noise["mean"] == pytest.approx(0.625, abs=0.01)
     assert noise["sigma"] > 0.1  # neighbours are averaged on the way to pixels
 
@@ -114,10 +145,24 @@ def test_a_recipe_without_distill_distills_as_published(recipe):
     assert recipe_of(find("qat", plain), plain) == plain
 
 
-def test_spark_is_listed_when_it_exists():
-    assert set(sparks()) == {"spark-paper", "spark"} & set(weightings())
+def test_the_truth_has_no_features(recipe):
+    features = changed(recipe, distill={"method": "skt", "strength": 0.0}, weighting={})
+    truth = recipe_of(find("truth", features), features).distill
+    assert (truth.method, truth.strength, truth.target) == ("kd", 1.0, "truth")
+    assert recipe_of(find("confidence", features), features).distill.method == "skt"
+
+
+def test_every_spark_has_its_controls(recipe):
+    assert set(sparks()) == {name for name in weightings() if name.startswith("spark")}
     for name in sparks():
         assert {name, f"constant:{name}", f"random:{name}"} <= methods().keys()
+    other = changed(recipe, weighting={"name": "spark"}, distill={"norm": "matched"})
+    assert find("constant", recipe).name == "constant:spark-paper"
+    assert find("constant", other).name == "constant:spark"
+    assert missing_rows(default_names(other), other) == []
+    assert missing_rows([*default_names(recipe), "spark"], recipe) == [
+        *("constant:spark", "random:spark")
+    ]
 
 
 # Choosing -------------------------------------------------------------------------------------

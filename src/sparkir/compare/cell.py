@@ -247,6 +247,7 @@ def _made(
         except Diverged as error:
             return result | {"failed": str(error).partition(";")[0]}
     save_student(recipe, trained.student, _student_file(cell))
+    result["remark"] = trained.remark
     events = read_events(cell.folder / "events.jsonl")
     record = record_of(events)
     if record is not None:

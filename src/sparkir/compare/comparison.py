@@ -12,7 +12,7 @@ from pathlib import Path
 
 from sparkir.assemble import Report, silent, weighting_of
 from sparkir.compare.cell import Cell, is_done, require_own_recipe
-from sparkir.compare.methods import Method, recipe_of, requirements
+from sparkir.compare.methods import Method, find, recipe_of, requirements
 from sparkir.compare.tabulate import Comparison, tabulate
 from sparkir.compare.workers import run_parallel
 from sparkir.compare.workspace import Workspace
@@ -58,6 +58,7 @@ def compare(
     sets = sets_of(recipe, more_sets)
     if min(seeds, jobs) < 1:
         raise SparkirError(f"--seeds {seeds} --jobs {jobs}: give 1 or more of each")
+    baseline = find(baseline, recipe).name
     if baseline not in {method.name for method in methods}:
         raise SparkirError(
             f"the baseline {baseline} is not among the methods; add it to --methods, or choose "

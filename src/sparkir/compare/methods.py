@@ -8,6 +8,8 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from sparkir.compare.controls import WeightRecord, like_constant, like_random
+from sparkir.distill.methods import methods as distillation_methods
+from sparkir.distill.methods import published, title
 from sparkir.errors import SparkirError
 from sparkir.recipe import Distill, Recipe, _unknown, changed
 from sparkir.spark.difficulty import FEATURES
@@ -19,7 +21,8 @@ Kind = Literal["input", "teacher", "calibrated", "trained"]
 STRENGTHS = (1.0, 20.0, 100.0)
 """Factors of uniform distillation's squared error; a table takes it at its best of them."""
 _STRENGTH_NAME = re.compile(r"(kd-mse|truth)@(\d+\.?\d*|\.\d+)")
-_PAPER = Distill(norm="mse", strength=1.0)
+_PUBLISHED = {"spark-paper": Distill(norm="mse"), "spark": Distill(norm="matched")}
+"""The distillation that each SPARK was made for."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -66,7 +69,7 @@ def _uniform(**distill: Any) -> Callable[[Recipe], Recipe]:  # noqa: ANN401 - ke
 def _truth(recipe: Recipe) -> Recipe:
     """The recipe's own loss, pulled to the ground truth: as much loss, and no teacher in it."""
     own = _own(recipe)
-    loss = {"norm": own.norm, "strength": own.strength, "target": "truth"}
+    loss = {"norm": own.norm, "strength": own.strength or 1.0, "target": "truth"}
     return changed(recipe, distill=loss, weighting={})
 
 
@@ -81,13 +84,13 @@ def _spark(name: str) -> Callable[[Recipe], Recipe]:
     def change(recipe: Recipe) -> Recipe:
         if recipe.weighting.name == name:
             return changed(recipe)
-        return changed(recipe, distill=_PAPER, weighting={"name": name})
+        return changed(recipe, distill=_PUBLISHED[name], weighting={"name": name})
 
     return change
 
 
 def _own(recipe: Recipe) -> Distill:
-    return recipe.distill or _PAPER
+    return recipe.distill or Distill()
 
 
 # The table ------------------------------------------------------------------------------------
@@ -106,19 +109,29 @@ def methods() -> dict[str, Method]:
         Method(name="truth", label="QAT, same loss to truth", change=_truth),
         Method(name="kd", label="KD, L1", change=_uniform(norm="l1", strength=1.0)),
         *(_at_strength("kd-mse", strength) for strength in STRENGTHS),
+        Method(
+            name="kd-matched",
+            label="KD, MSE as strong as L1",
+            change=_uniform(norm="matched", strength=1.0),
+        ),
     ]
-    for spark, title in sparks().items():
+    rows += [
+        Method(name=name, label=title(name), change=_uniform(**published(name)))
+        for name in distillation_methods()
+        if name != "kd"
+    ]
+    for spark, words in sparks().items():
         rows += [
             Method(
                 name=f"constant:{spark}",
-                label=f"constant W like {title}",
+                label=f"constant W like {words}",
                 change=_spark(spark),
                 match=like_constant,
                 after=spark,
             ),
             Method(
                 name=f"random:{spark}",
-                label=f"random W like {title}",
+                label=f"random W like {words}",
                 change=_spark(spark),
                 match=like_random,
                 after=spark,
@@ -136,7 +149,7 @@ def methods() -> dict[str, Method]:
         Method(name="confidence", label="W, teacher's confidence", change=_weighted("confidence"))
     )
     rows += [
-        Method(name=spark, label=title, change=_spark(spark)) for spark, title in sparks().items()
+        Method(name=spark, label=words, change=_spark(spark)) for spark, words in sparks().items()
     ]
     return {row.name: row for row in rows}
 

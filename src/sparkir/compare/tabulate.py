@@ -174,6 +174,8 @@ def _common_notes(
             "after its float training" if not recipe.student.weights else "with its first weights"
         )
         notes.append(f"PTQ: the student {after}, calibrated.")
+    remarks = {c.method.label: (c.result() or {}).get("remark") for c in cells}
+    notes += [f"{label}: {remark}." for label, remark in remarks.items() if remark]
     notes += _matched_notes(methods, cells)
     lpips = find_lpips()
     notes.append(lpips.words + "." if lpips.metric else f"No LPIPS: {lpips.words}.")

@@ -79,16 +79,18 @@ class Constant(Weighting):
 class Random(Weighting):
     """Noise with the distribution of SPARK's W: what is left of it without the policy."""
 
-    def __init__(self, *, mean: float = 0.5, sigma: float = 0.2, grid: int = 8) -> None:
-        """W = clamp(N(mean, sigma)) per cell."""
+    def __init__(
+        self, *, mean: float = 0.5, sigma: float = 0.2, grid: int = 8, highest: float = 1.0
+    ) -> None:
+        """W = clamp(N(mean, sigma)) per cell, to [0, highest]."""
         super().__init__()
-        self.mean, self.sigma, self.grid = mean, sigma, grid
+        self.mean, self.sigma, self.grid, self.highest = mean, sigma, grid, highest
 
     def forward(self, student: Tensor, teacher: Tensor, target: Tensor) -> Tensor:
         """A fresh map for every image."""
         shape = (student.shape[0], 1, self.grid, self.grid)
         draw = self.mean + self.sigma * torch.randn(shape, device=student.device)
-        return to_pixels(draw.clamp(0, 1), (student.shape[-2], student.shape[-1]))
+        return to_pixels(draw.clamp(0, self.highest), (student.shape[-2], student.shape[-1]))
 
 
 class Fixed(Weighting):
