@@ -44,7 +44,14 @@ def reference_text() -> str:
 
 
 def with_examples(page: str) -> str:
-    """The page with each `<!-- example NAME -->` followed by its script as a whole diff."""
+    """The page with its table, and each `<!-- example NAME -->` with its script as a whole diff."""
+    table = (DOCS.parent / "records" / "integrations" / "result.md").read_text("utf-8")
+    page = re.sub(
+        r"(<!-- results -->\n).*?(<!-- end -->)",
+        lambda m: f"{m[1]}\n{table}\n{m[2]}",
+        page,
+        flags=re.DOTALL,
+    )
     pattern = re.compile(r"(<!-- example (\w+) -->\n).*?(<!-- end -->)", re.DOTALL)
     return pattern.sub(lambda m: f"{m[1]}\n```diff\n{_difference(m[2])}```\n\n{m[3]}", page)
 

@@ -32,4 +32,4 @@ def main(*, seed, steps, folder):
 
 
 if __name__ == "__main__":
-    pipeline.report(main, "nncf", "openvino")
+    pipeline.report(main, "nncf", "openvino", "torchao")  # nncf.strip imports torchao
