@@ -12,6 +12,16 @@ SMALL = {
     "srcnn x3 luma": {"scale": 3, "channels": 1},
     "rfdn": {"width": 8, "blocks": 2},
     "rfdn x2": {"width": 8, "blocks": 1, "scale": 2, "value_range": 1.0},
+    "rlfn": {"width": 8, "blocks": 2},
+    "rlfn x2": {"width": 8, "inner_width": 6, "blocks": 1, "scale": 2, "value_range": 1.0},
+    "bsrn": {"width": 16, "blocks": 2},
+    "bsrn-s x2": {"width": 8, "blocks": 1, "scale": 2},
+    "carn-m x2": {"width": 8, "scale": 2},
+    "carn-m x3": {"width": 4, "scale": 3},
+    "carn-m x4": {"width": 4, "scale": 4},
+    "imdn": {"width": 8, "blocks": 3},
+    "plainusr x2 u": {"scale": 2, "size": "u"},
+    "plainusr x4 s": {"scale": 4, "size": "s"},
     "dncnn": {"depth": 4, "width": 4},
     "dncnn shallowest": {"depth": 2, "width": 4, "channels": 3},
     "edsr x1": {"width": 4, "blocks": 2, "scale": 1},
@@ -20,6 +30,11 @@ SMALL = {
     "edsr x4": {"width": 4, "blocks": 3, "scale": 4},
     "edsr x8": {"width": 4, "blocks": 1, "scale": 8},
 }
+
+
+WINDOW_PX = dict.fromkeys(("rfdn", "rlfn", "bsrn", "bsrn-s"), 13) | {"plainusr": 12}
+"""Margin in the halo for attention on a coarse grid, which is switched off to measure the reach."""
+ATTENTION = ("esa.conv4.weight", "conv_du.2.weight", "body.3.body.0.weight")
 
 
 @pytest.fixture(params=SMALL)
@@ -66,17 +81,18 @@ def test_taps_are_submodules_that_give_features_in_the_order_named(network):
 
 def test_halo_is_how_far_an_output_pixel_sees(network):
     reach = _reach_px(network)
-    if network.facts.name == "rfdn":  # plus a margin for its attention, which is switched off here
-        assert reach == network.facts.halo_px - 13
+    halo = network.facts.halo_px
+    if network.facts.min_size_px > 1:
+        assert reach == halo - WINDOW_PX[network.facts.name]
     else:
-        assert network.facts.halo_px - 1 <= reach <= network.facts.halo_px
+        assert halo - 1 <= reach <= halo
 
 
 def _reach_px(network):
     """The farthest input pixel, in rows or columns, with any influence on one pixel's outputs."""
     for name, parameter in network.named_parameters():
         parameter.data = parameter.data.double().abs() + 0.01  # nothing cancels, no ReLU is shut
-        if name.endswith("esa.conv4.weight"):
+        if name.endswith(ATTENTION):
             parameter.data.zero_()  # a constant mask
     network.double()
     centre, scale = network.facts.halo_px + 2, network.facts.scale

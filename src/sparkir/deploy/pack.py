@@ -7,6 +7,7 @@ same values.
 
 from __future__ import annotations
 
+from collections import Counter
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -27,7 +28,11 @@ def make_small(model: onnx.ModelProto) -> None:
 
 
 def _name_after_layers(model: onnx.ModelProto) -> None:
-    """Call each convolution as its module, and its constants after that."""
+    """Call each convolution as its module, and its constants after that.
+
+    The exporter keeps equal constants once. Layers of equal weights, such as the calls of a
+    recursive network, are told apart by a number, for no two nodes may have one name.
+    """
     names = {tensor.name: tensor.name.replace(".layer.", ".") for tensor in model.graph.initializer}
     _rename(model, names)
     weights = {
@@ -35,9 +40,12 @@ def _name_after_layers(model: onnx.ModelProto) -> None:
         for node in model.graph.node
         if node.op_type == "DequantizeLinear" and node.input[0].endswith(".weight")
     }
+    calls: Counter[str] = Counter()
     for node in model.graph.node:
         if len(node.input) > 1 and node.input[1] in weights:
-            node.name = weights[node.input[1]]
+            name = weights[node.input[1]]
+            calls[name] += 1
+            node.name = name if calls[name] == 1 else f"{name}#{calls[name]}"
 
 
 def _derive_bias_steps(model: onnx.ModelProto) -> None:

@@ -6,6 +6,7 @@ has an attribute ``facts`` and everything else in sparkir reads that instead of 
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
@@ -65,6 +66,15 @@ class ModelFacts:
             raise SparkirError(f"facts of {self.name!r}: luma_range must be full or studio")
         if self.halo_px < 0:
             raise SparkirError(f"facts of {self.name!r}: halo_px must not be negative")
+
+
+def thirds(names: Sequence[str]) -> tuple[str, ...]:
+    """Return those of a network's blocks that end each third of them, in order.
+
+    As taps: whatever two networks' depths are, theirs then pair up.
+    """
+    ends = sorted({max(1, round(len(names) * third / 3)) for third in (1, 2, 3)})
+    return tuple(names[end - 1] for end in ends)
 
 
 def facts_of(network: nn.Module) -> ModelFacts:

@@ -54,6 +54,8 @@ _FUNCTIONS: dict[Any, Kind] = {
     F.sigmoid: Kind.TABLE,
     "sigmoid": Kind.TABLE,
     F.leaky_relu: Kind.TABLE,
+    F.gelu: Kind.TABLE,
+    F.silu: Kind.TABLE,
     F.max_pool2d: Kind.PASS,
     F.pixel_shuffle: Kind.PASS,
     F.pixel_unshuffle: Kind.PASS,
@@ -67,10 +69,16 @@ _MODULES: dict[type[nn.Module], Kind] = {
     nn.ReLU: Kind.RELU,
     nn.Sigmoid: Kind.TABLE,
     nn.LeakyReLU: Kind.TABLE,
+    nn.GELU: Kind.TABLE,
+    nn.SiLU: Kind.TABLE,
     nn.MaxPool2d: Kind.PASS,
     nn.PixelShuffle: Kind.PASS,
     nn.PixelUnshuffle: Kind.PASS,
     nn.Identity: Kind.PASS,
+}
+_TRANSCENDENTAL = {
+    *(torch.sigmoid, F.sigmoid, "sigmoid", F.gelu, F.silu),
+    *(nn.Sigmoid, nn.GELU, nn.SiLU),
 }
 REASONS: dict[Any, str] = {
     nn.ConvTranspose2d: "ONNX Runtime has no integer kernel for it",
@@ -91,11 +99,18 @@ class Tap(nn.Identity):
 
 
 class _Tracer(fx.Tracer):
-    """Symbolic tracing that leaves a `Tap` where each tapped submodule returned."""
+    """Symbolic tracing that leaves a `Tap` where each tapped submodule returned.
+
+    A module with an attribute `stays_in_float`, which says why, is not looked into: what is
+    computed inside it is then put on no grid.
+    """
 
     def __init__(self, taps: tuple[str, ...]) -> None:
         super().__init__()
         self.taps = set(taps)
+
+    def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
+        return hasattr(m, "stays_in_float") or super().is_leaf_module(m, module_qualified_name)
 
     def call_module(
         self,
@@ -238,7 +253,7 @@ def _kind(node: fx.Node, network: fx.GraphModule, kinds: Mapping[fx.Node, Kind])
         if isinstance(module, nn.Conv2d) and module.padding_mode != "zeros":
             return Kind.FLOAT
         return _MODULES.get(type(module), Kind.FLOAT)
-    kind = _FUNCTIONS.get(node.target, Kind.FLOAT)
+    kind = Kind.PASS if _is_slice(node) else _FUNCTIONS.get(node.target, Kind.FLOAT)
     tensors = {n for n in node.all_input_nodes if kinds[n] is not Kind.NOT_A_TENSOR}
     if kind in (Kind.ADD, Kind.MULTIPLY) and (len(tensors) != 2 or node.kwargs):
         return Kind.FLOAT  # with a constant, or an addition of something with itself
@@ -249,11 +264,21 @@ def _kind(node: fx.Node, network: fx.GraphModule, kinds: Mapping[fx.Node, Kind])
     return kind
 
 
+def _is_slice(node: fx.Node) -> bool:
+    """Whether `node` takes a part of a tensor, such as x[:, :8]; a plain x[1:] may be of a list."""
+    if node.target is not operator.getitem:
+        return False
+    index = node.args[1]
+    return isinstance(index, tuple) and all(
+        part is ... or isinstance(part, slice) for part in index
+    )
+
+
 def is_transcendental(node: fx.Node, network: fx.GraphModule) -> bool:
     """Whether an operation is a function that no two libraries compute alike."""
     if node.op == "call_module":
-        return isinstance(network.get_submodule(str(node.target)), nn.Sigmoid)
-    return node.target in (torch.sigmoid, F.sigmoid, "sigmoid")
+        return type(network.get_submodule(str(node.target))) in _TRANSCENDENTAL
+    return node.target in _TRANSCENDENTAL
 
 
 def reason_for_float(node: fx.Node, network: fx.GraphModule) -> str:
@@ -266,4 +291,6 @@ def reason_for_float(node: fx.Node, network: fx.GraphModule) -> str:
     module = network.get_submodule(str(node.target))
     if isinstance(module, nn.Conv2d):
         return f"padding_mode={module.padding_mode!r}; integer kernels pad with zeros"
+    if hasattr(module, "stays_in_float"):
+        return str(module.stays_in_float)
     return REASONS.get(type(module), "no integer kernel is known for it")
