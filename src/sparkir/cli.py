@@ -555,6 +555,9 @@ class _Display:
     def _on_decoding(self, event: dict[str, Any]) -> None:
         self._show("reading images", event["done"], event["total"])
 
+    def _on_teacher(self, event: dict[str, Any]) -> None:
+        self._show(None, event["done"], event["total"])
+
     def _on_stage(self, event: dict[str, Any]) -> None:
         self.finish()
         self.psnr = ""

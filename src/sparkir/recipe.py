@@ -171,6 +171,14 @@ class Train(_Section):
     """Largest gradient norm; 0 for no limit."""
     precision: Literal["float32", "bfloat16", "auto"] = "float32"
     """`auto` takes bfloat16 autocast where it is fast."""
+    channels_last: bool | Literal["auto"] = "auto"
+    """Channels innermost in memory; `auto` does so with bfloat16."""
+    compile: bool = False
+    """Fuse the quantizers' arithmetic with torch.compile."""
+    teacher_cache: bool = False
+    """Compute the teacher's outputs once, on whole images, and keep them."""
+    teacher_cache_gb: Annotated[float, Field(gt=0)] = 20.0
+    """What they may take of the disk."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """`auto` takes the GPU where there is one."""
     calibration_images: Annotated[int, Field(ge=1, strict=True)] = 32

@@ -34,6 +34,7 @@ from sparkir.assemble import (
 from sparkir.data.atomic import atomic_file
 from sparkir.data.codec import one_line
 from sparkir.data.images import write_png
+from sparkir.data.outputs import OutputStore
 from sparkir.data.pairs import PatchSampler
 from sparkir.deploy.parity import Parity
 from sparkir.distill.methods import title
@@ -56,6 +57,7 @@ from sparkir.recipe import Recipe, WeightingChoice, differences, load
 from sparkir.report.events import EventLog
 from sparkir.report.table import Row, to_markdown
 from sparkir.spark.weighting import Weighting
+from sparkir.teacher import teacher_outputs
 from sparkir.train.loop import LoopSettings, Report, train
 from sparkir.train.optimize import build_average, build_optimizer, fast_precision
 from sparkir.train.state import TrainState
@@ -91,25 +93,9 @@ def train_student(
         SparkirError: training diverged, or the disk is full; the last checkpoint stays.
         Interrupted: `stop_requested` said so.
     """
-    torch.manual_seed(recipe.seed)
-    student = copy.deepcopy(materials.student)
-    if recipe.quant is not None:
-        student = quantize_student(student, recipe.quant, materials.crops)
-    source = weighting_of(recipe.weighting).to(device_of(student))
-    task = task_of(recipe, student, source, materials)
-    state = TrainState(
-        student=student,
-        weighting=source,
-        method=task.method,
-        optimizer=_optimizer(recipe, task),
-        sampler=PatchSampler(
-            materials.train,
-            patch_px=recipe.data.patch_px,
-            batch=recipe.data.batch,
-            seed=recipe.seed,
-        ),
-        average=build_average(student, recipe.train.ema),
-    )
+    name = method_name(recipe)
+    task, state = training_of(recipe, materials, report)
+    report({"kind": "stage", "name": f"train {name}", "steps": recipe.train.steps})
     remark = task.method.describe()
     if remark:
         report({"kind": "method", "remark": remark})
@@ -121,16 +107,55 @@ def train_student(
     train(
         task,
         state,
-        _loop_settings(recipe, device_of(student)),
+        loop_settings(recipe, device_of(state.student)),
         checkpoint=checkpoint,
         evaluate=lambda network: mean(evaluate(network, materials.test, convention)).psnr_db,
         report=report,
         stop_requested=stop_requested,
     )
-    result = student if state.average is None else state.average.module
-    return Trained(
-        name=method_name(recipe), student=result.eval(), weighting=source.eval(), remark=remark
+    result = state.student if state.average is None else state.average.module
+    weighting = task.weighting.eval()
+    return Trained(name=name, student=result.eval(), weighting=weighting, remark=remark)
+
+
+def training_of(
+    recipe: Recipe,
+    materials: Materials,
+    report: Report = silent,
+    *,
+    outputs: OutputStore | None = None,
+) -> tuple[DistillationTask, TrainState]:
+    """A student's losses and all that training changes, before the first step.
+
+    `outputs` are what the teacher makes of the training images; unless they are given, the recipe
+    says whether to compute them now.
+    """
+    torch.manual_seed(recipe.seed)
+    student = copy.deepcopy(materials.student)
+    if recipe.quant is not None:
+        student = quantize_student(student, recipe.quant, materials.crops)
+    if _channels_last(recipe, device_of(student)):
+        # What it computes takes the layout of its weights.
+        student.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    source = weighting_of(recipe.weighting).to(device_of(student))
+    task = task_of(recipe, student, source, materials)
+    if outputs is None and not task.method.teacher_taps:
+        outputs = teacher_outputs(recipe, materials, report)
+    state = TrainState(
+        student=student,
+        weighting=source,
+        method=task.method,
+        optimizer=_optimizer(recipe, task),
+        sampler=PatchSampler(
+            materials.train,
+            patch_px=recipe.data.patch_px,
+            batch=recipe.data.batch,
+            seed=recipe.seed,
+            outputs=outputs,
+        ),
+        average=build_average(student, recipe.train.ema),
     )
+    return task, state
 
 
 def _optimizer(recipe: Recipe, task: DistillationTask) -> torch.optim.Optimizer:
@@ -144,19 +169,30 @@ def _optimizer(recipe: Recipe, task: DistillationTask) -> torch.optim.Optimizer:
     )
 
 
-def _loop_settings(recipe: Recipe, device: torch.device) -> LoopSettings:
+def loop_settings(recipe: Recipe, device: torch.device) -> LoopSettings:
+    """What the recipe says to the loop, on this device."""
     settings = recipe.train
-    fast = settings.precision == "auto" and fast_precision(device)
     return LoopSettings(
         steps=settings.steps,
         schedule=settings.schedule,
         warmup=settings.warmup,
         clip_norm=settings.clip_norm,
-        bfloat16=fast or settings.precision == "bfloat16",
+        bfloat16=_bfloat16(recipe, device),
+        compiled=settings.compile,
         log_every=settings.log_every,
         evaluate_every=settings.evaluate_every,
         checkpoint_every=settings.checkpoint_every,
     )
+
+
+def _bfloat16(recipe: Recipe, device: torch.device) -> bool:
+    chosen = recipe.train.precision
+    return chosen == "bfloat16" or (chosen == "auto" and fast_precision(device))
+
+
+def _channels_last(recipe: Recipe, device: torch.device) -> bool:
+    chosen = recipe.train.channels_last
+    return _bfloat16(recipe, device) if chosen == "auto" else chosen
 
 
 def method_name(recipe: Recipe) -> str:
@@ -303,7 +339,6 @@ def _train_methods(
     trained = []
     for variant in [*variants, recipe]:
         name = method_name(variant)
-        report({"kind": "stage", "name": f"train {name}", "steps": variant.train.steps})
         where = folder / "training" / re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")
         trained.append(
             train_student(variant, materials, where, report=report, stop_requested=stop_requested)

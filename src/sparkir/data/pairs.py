@@ -15,10 +15,12 @@ from sparkir.data.degrade import Degradation, mod_crop
 from sparkir.data.grey import OfGrey, to_grey
 from sparkir.data.images import ImageStore, Progress
 from sparkir.data.matching import PairFiles, checked_scale, partners, size_text
+from sparkir.data.outputs import OutputStore, loaded
 from sparkir.errors import SparkirError
 
 Pair = tuple[UInt8[np.ndarray, "h w 3"], UInt8[np.ndarray, "H W 3"]]
-Batch = tuple[UInt8[Tensor, "b 3 p p"], UInt8[Tensor, "b 3 P P"]]
+Batch = tuple[Tensor, ...]
+"""lq (b, 3, p, p) and gt (b, 3, P, P), uint8; perhaps what the teacher made of lq, float32."""
 
 
 class PairStore:
@@ -28,6 +30,7 @@ class PairStore:
         names: the stem of each pair's ground truth.
         scale: side of gt / side of lq, exactly, for every pair.
         skipped: one message for each file that could not be read.
+        identity: files and degradation in one word; "" if degraded images are drawn anew each time.
     """
 
     def __init__(
@@ -38,12 +41,14 @@ class PairStore:
         lq: Sequence[UInt8[np.ndarray, "_h _w 3"]] | Degradation,
         scale: int,
         skipped: Sequence[str] = (),
+        identity: str = "",
     ) -> None:
         """Hold images that fit already; `from_images` and `from_folders` make them fit."""
         assert len(names) == len(gt) > 0
         self.names = tuple(names)
         self.scale = scale
         self.skipped = tuple(skipped)
+        self.identity = identity
         self._gt = tuple(gt)
         self._lq = lq
 
@@ -78,8 +83,12 @@ class PairStore:
                     f"image {name} is only {size_text(image)}, for scale {scale}; remove it"
                 )
         gt = [mod_crop(image, scale) for image in images]
-        lq = list(_degraded(images, degradation, progress)) if degradation.fixed else degradation
-        return cls(names=images.names, gt=gt, lq=lq, scale=scale, skipped=images.skipped)
+        options: dict[str, Any] = {"names": images.names, "gt": gt, "scale": scale}
+        options["skipped"] = images.skipped
+        if not degradation.fixed:
+            return cls(lq=degradation, **options)
+        lq = _degraded(images, degradation, progress)
+        return cls(lq=list(lq), identity=lq.folder.name, **options)
 
     @classmethod
     def from_folders(
@@ -139,8 +148,14 @@ class PairStore:
         for name, target in gt.items():
             scale = checked_scale(name, lq[name], target, scale)
         assert scale is not None
-        lq_of_gt = [lq[name] for name in gt]
-        return cls(names=list(gt), gt=list(gt.values()), lq=lq_of_gt, scale=scale, skipped=skipped)
+        return cls(
+            names=list(gt),
+            gt=list(gt.values()),
+            lq=[lq[name] for name in gt],
+            scale=scale,
+            skipped=skipped,
+            identity=f"{inputs.folder.name} {targets.folder.name}",
+        )
 
     def __len__(self) -> int:
         return len(self._gt)
@@ -164,8 +179,8 @@ class PairStore:
 
         A random degradation is drawn from ``rng`` for the crop alone.
         """
-        rows, columns = slice(top, top + side_px), slice(left, left + side_px)
-        gt = self._gt[index][_times(rows, self.scale), _times(columns, self.scale)]
+        rows, columns = (_span(start, side_px) for start in (top, left))
+        gt = self._gt[index][tuple(_span(start, side_px, self.scale) for start in (top, left))]
         if isinstance(self._lq, Degradation):
             return self._lq(gt, rng), gt
         return self._lq[index][rows, columns], gt
@@ -182,11 +197,19 @@ class PatchSampler:
     """
 
     def __init__(
-        self, pairs: PairStore, *, patch_px: int, batch: int, seed: int, augment: bool = True
+        self,
+        pairs: PairStore,
+        *,
+        patch_px: int,
+        batch: int,
+        seed: int,
+        augment: bool = True,
+        outputs: OutputStore | None = None,
     ) -> None:
         """Crops of ``patch_px`` x ``patch_px`` pixels of lq, ``batch`` of them at a time.
 
-        ``augment`` flips and transposes each crop into one of eight orientations.
+        ``augment`` flips and transposes each crop into one of eight orientations. ``outputs`` holds
+        what a teacher made of each lq; it is cropped and turned like gt.
 
         Raises:
             SparkirError: an image is smaller than the patch, or patch or batch is below 1.
@@ -205,20 +228,17 @@ class PatchSampler:
         self._patch_px = patch_px
         self._batch = batch
         self._augment = augment
+        self._outputs = outputs
         self._rng = np.random.Generator(np.random.Philox(seed))
         self._order: list[int] = []  # the images of this epoch, as they will be drawn
         self._position = 0  # how many of them have been drawn
 
     def next(self) -> Batch:
-        """The next batch: lq (B, 3, p, p) and gt (B, 3, s p, s p), uint8 RGB, 0..255."""
-        side = self._patch_px
-        lq = np.empty((self._batch, 3, side, side), dtype=np.uint8)
-        side *= self._pairs.scale
-        gt = np.empty((self._batch, 3, side, side), dtype=np.uint8)
-        for row in range(self._batch):
-            lq_patch, gt_patch = self._draw()
-            lq[row], gt[row] = lq_patch.transpose(2, 0, 1), gt_patch.transpose(2, 0, 1)
-        return torch.from_numpy(lq), torch.from_numpy(gt)
+        """The next batch: lq and gt, uint8 RGB, 0..255; with ``outputs`` also those, float32."""
+        drawn = [self._draw() for _ in range(self._batch)]
+        lq, gt, *outputs = (_stacked(patches) for patches in zip(*drawn, strict=True))
+        numbers = (torch.from_numpy(loaded(patches)) for patches in outputs)
+        return torch.from_numpy(lq), torch.from_numpy(gt), *numbers
 
     def state_dict(self) -> dict[str, Any]:
         """Where the sampler is, as ints, a list of ints, and strings."""
@@ -247,14 +267,19 @@ class PatchSampler:
         self._position = state["position"]
         self._rng.bit_generator.state = json.loads(state["rng"])
 
-    def _draw(self) -> Pair:
+    def _draw(self) -> list[np.ndarray]:
+        """One crop of everything, (h, w, 3) each."""
         index = self._next_image()
         height, width = self._pairs.lq_size(index)
         top = int(self._rng.integers(height - self._patch_px, endpoint=True))
         left = int(self._rng.integers(width - self._patch_px, endpoint=True))
-        lq, gt = self._pairs.crop(index, top=top, left=left, side_px=self._patch_px, rng=self._rng)
+        side_px, scale = self._patch_px, self._pairs.scale
+        patches = list(self._pairs.crop(index, top=top, left=left, side_px=side_px, rng=self._rng))
+        if self._outputs is not None:
+            whole = self._outputs[index]
+            patches.append(whole[_span(top, side_px, scale), _span(left, side_px, scale)])
         orientation = int(self._rng.integers(8)) if self._augment else 0
-        return _oriented(lq, orientation), _oriented(gt, orientation)
+        return [_oriented(patch, orientation) for patch in patches]
 
     def _next_image(self) -> int:
         if self._position == len(self._order):
@@ -269,7 +294,16 @@ class PatchSampler:
         return hashlib.sha256(json.dumps([self._pairs.scale, facts]).encode()).hexdigest()
 
 
-def _oriented(patch: UInt8[np.ndarray, "p p 3"], orientation: int) -> UInt8[np.ndarray, "p p 3"]:
+def _stacked(patches: Sequence[np.ndarray]) -> np.ndarray:
+    """(h, w, 3) each -> (b, 3, h, w), contiguous."""
+    height, width, channels = patches[0].shape
+    batch = np.empty((len(patches), channels, height, width), dtype=patches[0].dtype)
+    for row, patch in zip(batch, patches, strict=True):
+        row[:] = patch.transpose(2, 0, 1)
+    return batch
+
+
+def _oriented(patch: np.ndarray, orientation: int) -> np.ndarray:
     """One of the eight flips and transposes of a square (a view); 0 changes nothing."""
     if orientation & 1:
         patch = patch[::-1]
@@ -304,5 +338,6 @@ def _rng_of(name: str) -> np.random.Generator:
     return np.random.Generator(np.random.Philox(list(name.encode())))
 
 
-def _times(part: slice, scale: int) -> slice:
-    return slice(part.start * scale, part.stop * scale)
+def _span(start: int, side: int, scale: int = 1) -> slice:
+    """`side` pixels of lq from `start`, in pixels of an image `scale` times larger."""
+    return slice(start * scale, (start + side) * scale)

@@ -111,21 +111,28 @@ class DistillationTask(nn.Module):
         """The frozen teacher, if there is one."""
         return self._teacher[0] if self._teacher else None
 
-    def forward(self, lq: Float[Tensor, "b c h w"], gt: Float[Tensor, "b c H W"]) -> StepLosses:
-        """Run student and teacher on `lq`; both images RGB in [0, 1].
+    def forward(
+        self,
+        lq: Float[Tensor, "b c h w"],
+        gt: Float[Tensor, "b c H W"],
+        teacher: Float[Tensor, "b c H W"] | None = None,
+    ) -> StepLosses:
+        """Run student and teacher on `lq`; all images RGB in [0, 1].
 
-        A student of one channel is trained on the images' luma, and its teacher's output counts
-        by its luma as well.
+        The teacher does not run if what it makes of `lq` is given and the method needs no features
+        of it. A student of one channel is trained on the images' luma, and its teacher's output
+        counts by its luma as well.
         """
         facts = facts_of(self.student)
         output, student_features = observe(self.student, self.method.student_taps, lq)
         gt = as_seen(gt, facts)
-        teacher = weights = None
+        weights = None
         terms: tuple[Term, ...] = ()
-        if self.teacher is not None:
-            with torch.no_grad():
-                restored, teacher_features = observe(self.teacher, self.method.teacher_taps, lq)
-                teacher = as_seen(restored, facts)
+        if self.teacher is None:
+            teacher = None
+        else:
+            teacher, teacher_features = self._taught(lq, teacher)
+            teacher = as_seen(teacher, facts)
             seen = Seen(
                 lq=lq,
                 gt=gt,
@@ -145,6 +152,14 @@ class DistillationTask(nn.Module):
             terms=terms,
             weights=weights,
         )
+
+    @torch.no_grad()
+    def _taught(self, lq: Tensor, known: Tensor | None) -> tuple[Tensor, tuple[Tensor, ...]]:
+        """The teacher's output, and the features that the method looks at."""
+        assert self.teacher is not None
+        if known is not None and not self.method.teacher_taps:
+            return known, ()
+        return observe(self.teacher, self.method.teacher_taps, lq)
 
     def _output_term(self, seen: Seen) -> tuple[Term, ...]:
         if self.strength == 0:

@@ -21,12 +21,15 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from sparkir.quant import fused
+
 
 class Quantized(NamedTuple):
     """A tensor on a grid: real value = ints * scale, stored byte = ints + zero."""
 
     ints: Tensor
-    """Whole numbers in float32, any shape, zero point subtracted."""
+    """Whole numbers, zero point subtracted, any shape; in float32, or in bfloat16, which holds them
+    as well (`fused`)."""
     scale: Tensor
     """(), the step."""
     zero: Tensor
@@ -34,7 +37,7 @@ class Quantized(NamedTuple):
 
     def dequantize(self) -> Tensor:
         """The real values."""
-        return self.ints * self.scale
+        return self.ints.float() * self.scale
 
 
 class Accumulated(NamedTuple):
@@ -46,7 +49,7 @@ class Accumulated(NamedTuple):
 
     def dequantize(self) -> Tensor:
         """The real values."""
-        return self.ints * self.scale
+        return self.ints.float() * self.scale
 
 
 class Sum(NamedTuple):
@@ -227,6 +230,10 @@ def quantize(
             fuse; float32 then rounds the last bits away.
     """
     low, high = float(-zero_level), float(levels - 1 - zero_level)
+    if fused.rounds_fused() and not exact and not _lies_on(value, scale):
+        grid = fused.Grid(scale, low, high, clip_only)
+        shift = float(zero_level) if shift_reals else 0.0
+        return Quantized(_rounded_fused(value, grid, shift), scale.detach(), zero)
     own, used = (scale, scale.detach()) if clip_only else (None, scale)
     shift = 0.0
     match value:
@@ -252,6 +259,24 @@ def quantize(
             shift = float(zero_level) if shift_reals else 0.0
     ints = round_to_grid(x, step, low=low, high=high, divide=divide, own=own, shift=shift)
     return Quantized(ints, scale, zero)
+
+
+def _lies_on(value: Value, scale: Tensor) -> bool:
+    return isinstance(value, Quantized) and value.scale is scale
+
+
+def _rounded_fused(value: Value, grid: fused.Grid, shift: float) -> Tensor:
+    match value:
+        case Quantized():
+            return fused.round_grid(value.ints, value.scale, grid)
+        case Accumulated():
+            return fused.round_sums(value.ints, value.scale, grid)
+        case Sum(a, b):
+            return fused.round_sum(a.ints, b.ints, a.scale, b.scale, grid)
+        case Product(a, b):
+            return fused.round_product(a.ints, b.ints, a.scale, b.scale, grid)
+        case _:
+            return fused.round_reals(value, shift, grid)
 
 
 def _fma(a: Tensor, b: Tensor, c: Tensor) -> Tensor:

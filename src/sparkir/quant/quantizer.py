@@ -19,6 +19,7 @@ from sparkir.quant.arithmetic import (
     to_odd_fraction,
     to_power_of_two,
 )
+from sparkir.quant.fused import round_weights, rounds_fused
 from sparkir.quant.ranges import RangeObserver, fit_grid, fit_weight_scale
 
 Learned = Literal["lsq", "pams", "none"]
@@ -201,8 +202,11 @@ class WeightQuantizer(nn.Module):
         if self.training and self.learned == "lsq":
             per_channel = weight[0].numel() * self.high
             scale = scale_gradient(scale, 1.0 / math.sqrt(per_channel))
-        step = scale.view(-1, *[1] * (weight.dim() - 1))
         pams = self.learned == "pams"
+        if rounds_fused():
+            ints = round_weights(weight, scale, low=self.low, high=self.high, clip_only=pams)
+            return ints, scale.detach()
+        step = scale.view(-1, *[1] * (weight.dim() - 1))
         ints = round_to_grid(
             weight,
             step.detach() if pams else step,

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,7 @@ from torch import Tensor, nn
 
 from sparkir.distill.task import DistillationTask, StepLosses
 from sparkir.errors import SparkirError
+from sparkir.quant.fused import fused_rounding
 from sparkir.spark.credit import cell_credit
 from sparkir.spark.reward import reward, undone
 from sparkir.spark.weighting import Weighting
@@ -41,6 +43,8 @@ class LoopSettings:
     clip_norm: float = 0.0
     """Largest gradient norm; 0 for no limit."""
     bfloat16: bool = False
+    compiled: bool = False
+    """Whether grids are rounded to in compiled passes (`quant.fused`)."""
     log_every: int = 10
     evaluate_every: int = 0
     """0: not before the end."""
@@ -80,12 +84,12 @@ def train(
 
     while state.step < settings.steps:
         step, began = state.step, time.perf_counter()
-        lq, gt = (_to_unit_range(images, device) for images in state.sampler.next())
+        lq, gt, *teacher = (_to_unit_range(images, device) for images in state.sampler.next())
         loaded = time.perf_counter()
         set_rates(optimizer, _rate_factor(step, settings))
 
-        with torch.autocast(device.type, torch.bfloat16, enabled=settings.bfloat16):
-            losses = task(lq, gt)
+        with _computing(settings, device):
+            losses = task(lq, gt, *teacher)
         loss, gt = losses.total(), losses.gt  # as the student restores it
 
         if weighting.wants_credit_at(step) and losses.weights is not None:
@@ -123,8 +127,18 @@ def train(
 
 
 def _to_unit_range(images: Tensor, device: torch.device) -> Tensor:
-    """uint8 -> float32 in [0, 1]."""
-    return images.to(device).float() / 255
+    """uint8 -> float32 in [0, 1]; what is float32 already stays."""
+    return images.to(device).float() / 255 if images.dtype == torch.uint8 else images.to(device)
+
+
+@contextmanager
+def _computing(settings: LoopSettings, device: torch.device) -> Iterator[None]:
+    """How a forward pass of training computes."""
+    with (
+        torch.autocast(device.type, torch.bfloat16, enabled=settings.bfloat16),
+        fused_rounding(settings.compiled),
+    ):
+        yield
 
 
 def _rate_factor(step: int, settings: LoopSettings) -> float:
@@ -180,10 +194,7 @@ def _output(task: DistillationTask, lq: Tensor, settings: LoopSettings) -> Tenso
     buffers = list(task.student.buffers())
     before = [buffer.clone() for buffer in buffers]
     devices = [lq.device] if lq.device.type == "cuda" else []
-    with (
-        torch.random.fork_rng(devices),
-        torch.autocast(lq.device.type, torch.bfloat16, enabled=settings.bfloat16),
-    ):
+    with torch.random.fork_rng(devices), _computing(settings, lq.device):
         output = task.run_student(lq)
     for buffer, value in zip(buffers, before, strict=True):
         buffer.copy_(value)
