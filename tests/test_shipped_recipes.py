@@ -56,7 +56,7 @@ def started(name, folder):
     kind = "pairs" if recipe.data.degradation == "pairs" else "clean"
     overrides = [f"data.{split}={folder / split / kind}" for split in ("train", "test")]
     overrides += ["data.patch_px=16", "data.batch=2", "train.steps=1", "train.calibration_images=8"]
-    if recipe.teacher is not None and recipe.teacher.weights.startswith("package:"):
+    if recipe.student.weights == "teacher" and recipe.teacher.weights.startswith("package:"):
         return load(name, overrides)
     for role in ("teacher", "student"):
         network = getattr(recipe, role)
@@ -64,11 +64,15 @@ def started(name, folder):
             overrides.append(f"{role}.options.{option}={value}")
     if recipe.teacher is not None:
         overrides.append("teacher.weights=teacher.safetensors")
+    if recipe.student.weights.startswith("runs/"):
+        overrides.append("student.weights=student.safetensors")
     small = load(name, overrides)
-    if small.teacher is not None:
-        torch.manual_seed(0)
-        teacher = build(small.teacher.model, **small.teacher.options)
-        save_weights(teacher, folder / "teacher.safetensors", {})
+    torch.manual_seed(0)
+    for role in ("teacher", "student"):
+        network = getattr(small, role)
+        if network is not None and network.weights == f"{role}.safetensors":
+            made = build(network.model, **network.options)
+            save_weights(made, folder / network.weights, {})
     return small
 
 
@@ -96,20 +100,19 @@ def test_names_sets_that_are_known(name):
     assert data.train != data.test or data.degradation == "pairs"  # parts of one set
 
 
-@pytest.mark.parametrize("name", [n for n in shipped() if n.startswith("teacher-")])
-def test_a_teacher_is_made_for_a_student(name):
+@pytest.mark.parametrize("name", [n for n in shipped() if n.startswith(("teacher-", "float-"))])
+def test_a_float_network_is_made_for_another_recipe(name):
     """The file that the first of two commands writes is the one that the second reads."""
-    made = load(name)
+    made, file = load(name), f"runs/{name}/student.safetensors"
     assert made.quant is None
     assert made.distill is None
-    users = [load(n) for n in shipped() if load(n).teacher is not None]
-    fitting = [u for u in users if u.teacher.weights == f"runs/{name}/student.safetensors"]
+    role = "teacher" if name.startswith("teacher-") else "student"
+    users = [user for user in map(load, shipped()) if getattr(user, role) is not None]
+    fitting = [user for user in users if getattr(user, role).weights == file]
     assert fitting or name == "teacher-rfdn-x2"  # that one ships inside the package
     for user in fitting:
-        assert (user.teacher.model, user.teacher.options) == (
-            made.student.model,
-            made.student.options,
-        )
+        reader = getattr(user, role)
+        assert (reader.model, reader.options) == (made.student.model, made.student.options)
         assert user.data.scale == made.data.scale
 
 
@@ -130,7 +133,10 @@ def test_two_commands_in_sequence(images, monkeypatch):
 @pytest.mark.parametrize(
     ("name", "says"),
     [
-        ("sr-x2", [r"no teacher at runs/teacher-sr-x2/student.safetensors yet", "teacher-sr-x2`"]),
+        (
+            "sr-x2",
+            ["for the teacher at runs/teacher-sr-x2/student.safetensors", "distill teacher-sr-x2`"],
+        ),
         ("sr-x4", ["the teacher has no weights", "--teacher FILE"]),
         ("teacher-sr-x2", ["no folder DIV2K here", "https://data.vision.ee.ethz.ch", "--data DIR"]),
     ],

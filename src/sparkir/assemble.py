@@ -273,8 +273,7 @@ def gather(recipe: Recipe, report: Report = silent) -> Materials:
         SparkirError: whatever would stop the run later, as far as it can be known now.
     """
     weighting_of(recipe.weighting)
-    if recipe.teacher is not None:
-        _require_teacher(recipe.teacher.weights)
+    _require_weights(recipe)
     device = device_for(recipe)
     teacher = None if recipe.teacher is None else build_network(recipe.teacher).eval()
     student = build_student(recipe, teacher).to(device)
@@ -296,18 +295,19 @@ def gather(recipe: Recipe, report: Report = silent) -> Materials:
     return materials
 
 
-def _require_teacher(weights: str) -> None:
-    """Stop now if there are no weights, and say how they come about where that is known."""
-    if not weights:
+def _require_weights(recipe: Recipe) -> None:
+    """Stop now if weights are not there, and say how they come about where that is known."""
+    if recipe.teacher is not None and not recipe.teacher.weights:
         raise SparkirError(
             "the teacher has no weights; set teacher.weights, or give --teacher FILE"
         )
-    made_by = _OF_A_RUN.fullmatch(weights)
-    if made_by and made_by[1] in shipped() and not Path(weights).exists():
-        raise SparkirError(
-            f"no teacher at {weights} yet; train it with `sparkir distill {made_by[1]}`, or give "
-            "another with --teacher FILE"
-        )
+    for role, network in (("teacher", recipe.teacher), ("student", recipe.student)):
+        made_by = _OF_A_RUN.fullmatch("" if network is None else network.weights)
+        if made_by and made_by[1] in shipped() and not Path(made_by[0]).exists():
+            raise SparkirError(
+                f"no weights for the {role} at {made_by[0]} yet; make them with "
+                f"`sparkir distill {made_by[1]}`, or set {role}.weights"
+            )
 
 
 @torch.no_grad()
