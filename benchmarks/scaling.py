@@ -3,13 +3,15 @@
     python benchmarks/scaling.py                       # two processes on this machine's CPU
     python benchmarks/scaling.py --processes 8 --device cuda --json result.json
 
-Each process is started twice: on its own with its share of the batch, all of them at once, and then
-together. The difference is what sharing costs. The model predicts it from the time that a mean over
-the processes takes, measured by itself for several sizes. Times are the fastest of many, the least
-disturbed by other work on the machine. EDSR-baseline x4, one thread to a process on the CPU.
+The processes train on their own with their share of the batch, all of them at once, and together,
+in turn, round after round. The difference is what sharing costs. The model predicts it from the
+time that a mean over the processes takes, measured by itself for several sizes. Times are the
+fastest of many, the least disturbed by other work on the machine. EDSR-baseline x4, one thread to a
+process on the CPU.
 """
 
 import argparse
+import contextvars
 import json
 import os
 import platform
@@ -76,6 +78,7 @@ def step_times(name: str, devices: Devices, arguments: argparse.Namespace) -> di
     state = TrainState(
         student=student,
         weighting=source,
+        method=task.method,
         optimizer=optimizer,
         sampler=sampler,
         average=build_average(student, 0.0),
@@ -118,23 +121,35 @@ def exchange_times(devices: Devices, device: str) -> dict[int, float]:
 def work(arguments: argparse.Namespace) -> None:
     """What a started process does."""
     torch.set_num_threads(1)
-    devices = start(arguments.device) if arguments.work == "together" else Devices()
-    found: dict[str, Any] = {}
-    for name in METHODS:
-        found[name] = step_times(name, devices, arguments)
-    if devices.ranks > 1:
-        found["exchange"] = exchange_times(devices, arguments.device)
+    devices = start(arguments.device)
+    rounds: dict[str, dict[str, list[dict[str, float]]]] = {"alone": {}, "together": {}}
+    for _ in range(arguments.rounds):
+        for name in METHODS:
+            devices.wait()
+            apart = contextvars.Context()  # in which no batch is shared
+            times = apart.run(step_times, name, Devices(), arguments)
+            rounds["alone"].setdefault(name, []).append(times)
+            devices.wait()
+            together = step_times(name, devices, arguments)
+            rounds["together"].setdefault(name, []).append(together)
+    found: dict[str, Any] = {
+        how: {
+            name: {kind: min(one[kind] for one in all_times) for kind in all_times[0]}
+            for name, all_times in methods.items()
+        }
+        for how, methods in rounds.items()
+    }
+    found["exchange"] = exchange_times(devices, arguments.device)
     network = build("edsr", scale=4)
     found["gradient_bytes"] = 4 * sum(p.numel() for p in network.parameters())
     if os.environ["RANK"] == "0":
         arguments.json.write_text(json.dumps(found))
 
 
-def launched(kind: str, arguments: argparse.Namespace, folder: Path) -> dict[str, Any]:
-    count = str(arguments.processes)
-    result = folder / f"{kind}.json"
-    own = [str(Path(__file__).resolve()), "--work", kind, "--json", str(result)]
-    for name in ("processes", "batch", "patch", "steps", "device"):
+def launched(arguments: argparse.Namespace, folder: Path) -> dict[str, Any]:
+    count, result = str(arguments.processes), folder / "found.json"
+    own = [str(Path(__file__).resolve()), "--work", "--json", str(result)]
+    for name in ("processes", "batch", "patch", "steps", "rounds", "device"):
         own += [f"--{name}", str(getattr(arguments, name))]
     launch = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={count}"]
     subprocess.run([sys.executable, *launch, *own], check=True)
@@ -142,14 +157,15 @@ def launched(kind: str, arguments: argparse.Namespace, folder: Path) -> dict[str
     return found
 
 
-def table(alone: dict[str, Any], together: dict[str, Any]) -> str:
-    exchange = {int(size): s for size, s in together["exchange"].items()}
+def table(found: dict[str, Any]) -> str:
+    alone, together = found["alone"], found["together"]
+    exchange = {int(size): s for size, s in found["exchange"].items()}
     latency, largest = exchange[SIZES_BYTES[0]], SIZES_BYTES[-1]
     rate = largest / (exchange[largest] - latency)
-    whole = latency + alone["gradient_bytes"] / rate
+    whole = latency + found["gradient_bytes"] / rate
     lines = [
         f"latency {1e3 * latency:.2f} ms, {rate / 1e9:.2f} GB/s; "
-        f"gradients {alone['gradient_bytes'] / 1e6:.1f} MB, {1e3 * whole:.1f} ms",
+        f"gradients {found['gradient_bytes'] / 1e6:.1f} MB, {1e3 * whole:.1f} ms",
         "",
         "| step | alone, its share ms | model ms | measured ms | measured / model |",
         "|---|---:|---:|---:|---:|",
@@ -172,18 +188,19 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--processes", type=int, default=2)
     parser.add_argument("--batch", type=int, default=4, help="of all processes together")
-    parser.add_argument("--patch", type=int, default=24, help="LR pixels")
-    parser.add_argument("--steps", type=int, default=26)
+    parser.add_argument("--patch", type=int, default=16, help="LR pixels")
+    parser.add_argument("--steps", type=int, default=10, help="of each round")
+    parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--device", default="cpu", choices=["cpu", "cuda"])
     parser.add_argument("--json", type=Path)
-    parser.add_argument("--work", choices=["alone", "together"], help=argparse.SUPPRESS)
+    parser.add_argument("--work", action="store_true", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.work:
         return work(arguments)
     load = os.getloadavg()[0]
     with tempfile.TemporaryDirectory() as folder:
-        found = {kind: launched(kind, arguments, Path(folder)) for kind in ("alone", "together")}
-    print(table(found["alone"], found["together"]))
+        found = launched(arguments, Path(folder))
+    print(table(found))
     if arguments.json is not None:
         about = {"torch": torch.__version__, "python": platform.python_version(), "load": load}
         settings = {k: str(v) for k, v in vars(arguments).items() if k not in ("json", "work")}
