@@ -615,15 +615,16 @@ def test_ctrl_c_after_training_says_how_to_go_on(project, monkeypatch):
     assert (project / "my run" / "report.md").is_file()
 
 
-def test_a_first_ctrl_c_in_training_waits_for_the_step_and_a_second_does_not():
-    before = signal.getsignal(signal.SIGINT)
+@pytest.mark.parametrize("asked", [signal.SIGINT, signal.SIGTERM])
+def test_a_first_ctrl_c_in_training_waits_for_the_step_and_a_second_does_not(asked):
+    before = signal.getsignal(asked)
     with cli._display() as shown, shown.stoppable():
         shown({"kind": "stage", "name": "train QAT", "steps": 5})
-        signal.raise_signal(signal.SIGINT)
+        signal.raise_signal(asked)
         assert shown.stop
         with pytest.raises(KeyboardInterrupt):
-            signal.raise_signal(signal.SIGINT)
-    assert signal.getsignal(signal.SIGINT) is before
+            signal.raise_signal(asked)
+    assert signal.getsignal(asked) is before
 
 
 def test_ctrl_c_stops_at_once_where_there_is_no_step_to_wait_for():

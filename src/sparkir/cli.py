@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import shlex
 import signal
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING, Annotated, Any
@@ -37,6 +38,7 @@ if TYPE_CHECKING:
     from sparkir.recipe import Recipe
     from sparkir.restore.network import Restorer
     from sparkir.run import Outcome
+    from sparkir.train.distribute import Devices
 
 app = typer.Typer(
     name="sparkir",
@@ -46,6 +48,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     rich_markup_mode="rich",
 )
+_STOP = (signal.SIGINT, signal.SIGTERM)  # the latter from torchrun and from job schedulers
 out, err = Console(emoji=False), Console(stderr=True, emoji=False)
 
 RecipeName = Annotated[str, typer.Argument(help="A recipe file, or a name from `sparkir recipes`.")]
@@ -70,6 +73,8 @@ Options = Annotated[
 
 def main() -> None:
     """Run a command; a user's mistake is one line and exit code 1."""
+    if "TORCHELASTIC_RUN_ID" in os.environ:  # torchrun's: one process speaks for all
+        out.quiet = err.quiet = os.environ["RANK"] != "0"
     try:
         app()
     except SparkirError as error:
@@ -96,10 +101,14 @@ def distill(
 ) -> None:
     """Train a quantized student under its teacher, measure it, and export it."""
     from sparkir import run
+    from sparkir.train.distribute import start
     from sparkir.train.loop import Interrupted
 
     changes = [*_shortcuts(teacher, student, bits, data), *(overrides or ())]
     chosen = _load(recipe, changes)
+    devices = start(chosen.train.device)
+    if not devices.first:
+        return _assist(chosen, devices)
     folder = out_folder or _default_folder(chosen.name, resume=resume)
     _say(f"[bold]{escape(chosen.name)}[/]: {escape(chosen.description)}")
     _say(
@@ -114,6 +123,7 @@ def distill(
                 resume=resume,
                 report=shown,
                 stop_requested=lambda: shown.stop,
+                devices=devices,
             )
         except (Interrupted, KeyboardInterrupt) as error:
             if not (folder / "recipe.toml").is_file():
@@ -124,6 +134,17 @@ def distill(
             _say(f"{what}; go on with {escape(command)}", to=err)
             sys.exit(130)
     _print_outcome(outcome)
+    return None
+
+
+def _assist(recipe: Recipe, devices: Devices) -> None:
+    """Be one of the processes that do not speak."""
+    from sparkir import run
+    from sparkir.train.loop import Interrupted
+
+    err.quiet = False  # from here on it may meet errors that the first does not
+    with _display() as shown, shown.stoppable(), suppress(Interrupted, KeyboardInterrupt):
+        run.assist(recipe, report=shown, stop_requested=lambda: shown.stop, devices=devices)
 
 
 @app.command()
@@ -605,18 +626,22 @@ class _Display:
 
     @contextmanager
     def stoppable(self) -> Iterator[None]:
-        """While training, a first Ctrl-C asks for a stop after the step; a second one insists."""
+        """While training, a first Ctrl-C or SIGTERM asks for a stop after the step.
+
+        A second one insists.
+        """
 
         def handle(number: int, frame: FrameType | None) -> None:
             if self.stop or not self.training:
                 raise KeyboardInterrupt
             self.stop = True
 
-        before = signal.signal(signal.SIGINT, handle)
+        before = {number: signal.signal(number, handle) for number in _STOP}
         try:
             yield
         finally:
-            signal.signal(signal.SIGINT, before)
+            for number, handler in before.items():
+                signal.signal(number, handler)
 
 
 class _CellDisplay(_Display):

@@ -11,7 +11,7 @@ import json
 import platform
 import re
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
@@ -40,7 +40,7 @@ from sparkir.deploy.parity import Parity
 from sparkir.distill.methods import title
 from sparkir.distill.task import DistillationTask
 from sparkir.errors import SparkirError
-from sparkir.evaluate.benchmark import evaluate, mean
+from sparkir.evaluate.benchmark import Share, evaluate, joined, mean
 from sparkir.evaluate.infer import device_of
 from sparkir.evaluate.metrics import Convention
 from sparkir.export import export_onnx, measured_words
@@ -58,6 +58,7 @@ from sparkir.report.events import EventLog
 from sparkir.report.table import Row, to_markdown
 from sparkir.spark.weighting import Weighting
 from sparkir.teacher import teacher_outputs
+from sparkir.train.distribute import Devices
 from sparkir.train.loop import LoopSettings, Report, train
 from sparkir.train.optimize import build_average, build_optimizer, fast_precision
 from sparkir.train.state import TrainState
@@ -86,32 +87,37 @@ def train_student(
     *,
     report: Report = silent,
     stop_requested: Callable[[], bool] = lambda: False,
+    devices: Devices | None = None,
 ) -> Trained:
     """Train one student in `folder`, going on from its checkpoint if there is one.
+
+    Where several processes share the batches, all call this and get the same student; the first
+    one reads and writes the checkpoint.
 
     Raises:
         SparkirError: training diverged, or the disk is full; the last checkpoint stays.
         Interrupted: `stop_requested` said so.
     """
-    name = method_name(recipe)
-    task, state = training_of(recipe, materials, report)
+    name, devices = method_name(recipe), devices or Devices()
+    task, state = training_of(recipe, materials, report, devices=devices)
     report({"kind": "stage", "name": f"train {name}", "steps": recipe.train.steps})
     remark = task.method.describe()
     if remark:
         report({"kind": "method", "remark": remark})
     checkpoint = folder / "last.pt"
-    if checkpoint.exists():
+    if devices.first and checkpoint.exists():
         state.load(checkpoint)
         report({"kind": "resumed", "step": state.step})
-    convention = convention_of(recipe)
+    devices.agree(state)
     train(
         task,
         state,
         loop_settings(recipe, device_of(state.student)),
         checkpoint=checkpoint,
-        evaluate=lambda network: mean(evaluate(network, materials.test, convention)).psnr_db,
+        evaluate=lambda network: _validated_db(network, recipe, materials, devices),
         report=report,
         stop_requested=stop_requested,
+        devices=devices,
     )
     result = state.student if state.average is None else state.average.module
     weighting = task.weighting.eval()
@@ -124,12 +130,14 @@ def training_of(
     report: Report = silent,
     *,
     outputs: OutputStore | None = None,
+    devices: Devices | None = None,
 ) -> tuple[DistillationTask, TrainState]:
     """A student's losses and all that training changes, before the first step.
 
     `outputs` are what the teacher makes of the training images; unless they are given, the recipe
-    says whether to compute them now.
+    says whether to compute them now. Of each batch, `devices` take their shares.
     """
+    devices = devices or Devices()
     torch.manual_seed(recipe.seed)
     student = copy.deepcopy(materials.student)
     if recipe.quant is not None:
@@ -140,7 +148,8 @@ def training_of(
     source = weighting_of(recipe.weighting).to(device_of(student))
     task = task_of(recipe, student, source, materials)
     if outputs is None and not task.method.teacher_taps:
-        outputs = teacher_outputs(recipe, materials, report)
+        with devices.in_turn():
+            outputs = teacher_outputs(recipe, materials, report)
     state = TrainState(
         student=student,
         weighting=source,
@@ -152,10 +161,21 @@ def training_of(
             batch=recipe.data.batch,
             seed=recipe.seed,
             outputs=outputs,
+            rank=devices.rank,
+            ranks=devices.ranks,
         ),
         average=build_average(student, recipe.train.ema),
     )
     return task, state
+
+
+def _validated_db(
+    network: nn.Module, recipe: Recipe, materials: Materials, devices: Devices
+) -> float:
+    """Mean PSNR on the test images, of which each process takes its share."""
+    share = Share(materials.test, devices.rank, devices.ranks)
+    scores = evaluate(network, share, convention_of(recipe)) if len(share) else []
+    return mean(joined(devices.gather(scores))).psnr_db
 
 
 def _optimizer(recipe: Recipe, task: DistillationTask) -> torch.optim.Optimizer:
@@ -236,25 +256,61 @@ def distill(
     resume: bool = False,
     report: Report = silent,
     stop_requested: Callable[[], bool] = lambda: False,
+    devices: Devices | None = None,
 ) -> Outcome:
     """Carry out a recipe in `folder`, or go on with what an earlier call began there.
+
+    Of several processes that share the batches, the first calls this, the others `assist`.
 
     Raises:
         SparkirError: something the user can mend; whatever was trained stays in the folder, and
             if that is nothing, there is no folder.
         Interrupted: `stop_requested` said so; call again with `resume`.
     """
-    with _claimed(folder, recipe, resume=resume), EventLog(folder / "events.jsonl") as log:
+    devices = devices or Devices()
+    with ExitStack() as held:
+        with devices.in_turn():
+            devices.require_shares(recipe.data.batch)
+            held.enter_context(_claimed(folder, recipe, resume=resume))
+            log = held.enter_context(EventLog(folder / "events.jsonl"))
 
-        def tell(event: dict[str, Any]) -> None:
-            if event["kind"] != "decoding":
-                log(event)
+            def tell(event: dict[str, Any]) -> None:
+                if event["kind"] != "decoding":
+                    log(event)
+                report(event)
+
+            start = {"kind": "start", "recipe": recipe.name, "versions": versions()}
+            tell(start | {"processes": devices.ranks})
+            materials = gather(recipe, tell)
+        trained = _train_methods(recipe, materials, folder, tell, stop_requested, devices)
+        return _finish(recipe, materials, trained, folder, tell)
+
+
+def assist(
+    recipe: Recipe,
+    *,
+    report: Report = silent,
+    stop_requested: Callable[[], bool] = lambda: False,
+    devices: Devices,
+) -> None:
+    """Do the part of `distill` that falls to every process but the first; write nothing.
+
+    Of the events, only which stage it is gets to `report`.
+
+    Raises:
+        SystemExit: the first process stops for an error, and says it.
+        Interrupted: some process's `stop_requested` said so.
+    """
+
+    def tell(event: dict[str, Any]) -> None:
+        if event["kind"] == "stage":
             report(event)
 
-        tell({"kind": "start", "recipe": recipe.name, "versions": versions()})
-        materials = gather(recipe, tell)
-        trained = _train_methods(recipe, materials, folder, tell, stop_requested)
-        return _finish(recipe, materials, trained, folder, tell)
+    with devices.in_turn():
+        devices.require_shares(recipe.data.batch)
+        materials = gather(recipe)
+    nowhere = Path()  # only the first process reads and writes
+    _train_methods(recipe, materials, nowhere, tell, stop_requested, devices)
 
 
 @contextmanager
@@ -332,6 +388,7 @@ def _train_methods(
     folder: Path,
     report: Report,
     stop_requested: Callable[[], bool],
+    devices: Devices,
 ) -> list[Trained]:
     """The baseline that needs training, then, last, the recipe's own student."""
     wanted = "qat" in recipe.baselines and recipe.distill is not None  # else it is the recipe
@@ -341,7 +398,14 @@ def _train_methods(
         name = method_name(variant)
         where = folder / "training" / re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")
         trained.append(
-            train_student(variant, materials, where, report=report, stop_requested=stop_requested)
+            train_student(
+                variant,
+                materials,
+                where,
+                report=report,
+                stop_requested=stop_requested,
+                devices=devices,
+            )
         )
     return trained
 

@@ -4,7 +4,7 @@ import hashlib
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -167,6 +167,11 @@ class PairStore:
             return self._lq(gt, _rng_of(self.names[index])), gt
         return self._lq[index], gt
 
+    @property
+    def random(self) -> bool:
+        """Whether each crop is degraded anew."""
+        return isinstance(self._lq, Degradation)
+
     def lq_size(self, index: int) -> tuple[int, int]:
         """Height and width of one degraded image, in pixels."""
         height, width = self._gt[index].shape[:2]
@@ -186,11 +191,24 @@ class PairStore:
         return self._lq[index][rows, columns], gt
 
 
+class _Crop(NamedTuple):
+    """What is drawn for one crop."""
+
+    image: int
+    top: int
+    left: int
+    seed: int
+    """Of a random degradation, which only the process that cuts the crop computes."""
+    orientation: int
+
+
 class PatchSampler:
     """Endless batches of random crops; every image is drawn once before any is drawn again.
 
     Large and small images count alike. Everything random comes from one generator, so that equal
     seeds give equal batches, and a saved state resumes bit for bit, in the middle of an epoch too.
+    Processes that share a batch draw all of it alike and cut out their own crops alone: batches
+    and states are the same for any number of them.
 
     Attributes:
         epoch: how many times all images have been drawn (the current round included).
@@ -205,11 +223,14 @@ class PatchSampler:
         seed: int,
         augment: bool = True,
         outputs: OutputStore | None = None,
+        rank: int = 0,
+        ranks: int = 1,
     ) -> None:
         """Crops of ``patch_px`` x ``patch_px`` pixels of lq, ``batch`` of them at a time.
 
         ``augment`` flips and transposes each crop into one of eight orientations. ``outputs`` holds
-        what a teacher made of each lq; it is cropped and turned like gt.
+        what a teacher made of each lq; it is cropped and turned like gt. Of ``ranks`` processes
+        that share a batch, this is number ``rank``, from 0.
 
         Raises:
             SparkirError: an image is smaller than the patch, or patch or batch is below 1.
@@ -223,20 +244,27 @@ class PatchSampler:
                     f"image {name} is {width}x{height} px when degraded, smaller than the patch of "
                     f"{patch_px} px; make the patch smaller or remove the image"
                 )
+        assert batch % ranks == 0, "every process needs as many crops as the others"
         self.epoch = 0
         self._pairs = pairs
         self._patch_px = patch_px
         self._batch = batch
         self._augment = augment
         self._outputs = outputs
+        share = batch // ranks
+        self._own_rows = range(rank * share, (rank + 1) * share)
         self._rng = np.random.Generator(np.random.Philox(seed))
         self._order: list[int] = []  # the images of this epoch, as they will be drawn
         self._position = 0  # how many of them have been drawn
 
     def next(self) -> Batch:
-        """The next batch: lq and gt, uint8 RGB, 0..255; with ``outputs`` also those, float32."""
+        """The next batch: lq and gt, uint8 RGB, 0..255; with ``outputs`` also those, float32.
+
+        It holds this process's share.
+        """
         drawn = [self._draw() for _ in range(self._batch)]
-        lq, gt, *outputs = (_stacked(patches) for patches in zip(*drawn, strict=True))
+        cut = [self._cut(drawn[row]) for row in self._own_rows]
+        lq, gt, *outputs = (_stacked(patches) for patches in zip(*cut, strict=True))
         numbers = (torch.from_numpy(loaded(patches)) for patches in outputs)
         return torch.from_numpy(lq), torch.from_numpy(gt), *numbers
 
@@ -267,19 +295,27 @@ class PatchSampler:
         self._position = state["position"]
         self._rng.bit_generator.state = json.loads(state["rng"])
 
-    def _draw(self) -> list[np.ndarray]:
-        """One crop of everything, (h, w, 3) each."""
+    def _draw(self) -> "_Crop":
         index = self._next_image()
         height, width = self._pairs.lq_size(index)
-        top = int(self._rng.integers(height - self._patch_px, endpoint=True))
-        left = int(self._rng.integers(width - self._patch_px, endpoint=True))
+        return _Crop(
+            image=index,
+            top=int(self._rng.integers(height - self._patch_px, endpoint=True)),
+            left=int(self._rng.integers(width - self._patch_px, endpoint=True)),
+            seed=int(self._rng.integers(2**63)) if self._pairs.random else 0,
+            orientation=int(self._rng.integers(8)) if self._augment else 0,
+        )
+
+    def _cut(self, crop: "_Crop") -> list[np.ndarray]:
+        """One crop of everything, (h, w, 3) each."""
         side_px, scale = self._patch_px, self._pairs.scale
-        patches = list(self._pairs.crop(index, top=top, left=left, side_px=side_px, rng=self._rng))
+        rng = np.random.Generator(np.random.Philox(crop.seed))
+        top, left = crop.top, crop.left
+        patches = list(self._pairs.crop(crop.image, top=top, left=left, side_px=side_px, rng=rng))
         if self._outputs is not None:
-            whole = self._outputs[index]
+            whole = self._outputs[crop.image]
             patches.append(whole[_span(top, side_px, scale), _span(left, side_px, scale)])
-        orientation = int(self._rng.integers(8)) if self._augment else 0
-        return [_oriented(patch, orientation) for patch in patches]
+        return [_oriented(patch, crop.orientation) for patch in patches]
 
     def _next_image(self) -> int:
         if self._position == len(self._order):

@@ -3,6 +3,7 @@
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
+from itertools import zip_longest
 from typing import Protocol, runtime_checkable
 
 import numpy as np
@@ -71,6 +72,34 @@ def evaluate(
         _score(restorer, name, *pairs.pair(index), convention, lpips)
         for index, name in enumerate(pairs.names)
     ]
+
+
+@dataclass(frozen=True)
+class Share:
+    """The part of the pairs that falls to one of several processes: every `ranks`-th."""
+
+    pairs: ImagePairs
+    rank: int
+    ranks: int
+
+    @property
+    def names(self) -> Sequence[str]:
+        """One name for each of its pairs."""
+        return self.pairs.names[self.rank :: self.ranks]
+
+    def __len__(self) -> int:
+        """Return the number of its pairs; there may be none."""
+        return len(self.names)
+
+    def pair(self, index: int, /) -> tuple[np.ndarray, np.ndarray]:
+        """Return one of its pairs."""
+        return self.pairs.pair(self.rank + index * self.ranks)
+
+
+def joined(shares: Sequence[Sequence[ImageScore]]) -> list[ImageScore]:
+    """Return the scores of all shares in the order of the pairs."""
+    rounds = zip_longest(*shares)
+    return [score for together in rounds for score in together if score is not None]
 
 
 def mean(scores: Sequence[ImageScore]) -> ImageScore:

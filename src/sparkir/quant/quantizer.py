@@ -76,6 +76,8 @@ class ActivationQuantizer(nn.Module):
             requires_grad=self.learned != "none",
         )
         self.image_step = image_step
+        self.ranks = 1
+        """How many processes share a batch; LSQ's gradient scale counts the values of them all."""
         self.register_buffer("zero_point", torch.tensor(0.0))
         self._zero_level = 0
         self.register_load_state_dict_post_hook(_refresh_zero_level)
@@ -115,7 +117,8 @@ class ActivationQuantizer(nn.Module):
             return cast("Quantized", value)
         scale = self.scale()
         if self.training and self.learned == "lsq":
-            scale = scale_gradient(scale, 1.0 / math.sqrt(_numel(value) * (self.levels - 1)))
+            count = self.ranks * _numel(value)
+            scale = scale_gradient(scale, 1.0 / math.sqrt(count * (self.levels - 1)))
         if isinstance(value, Quantized) and self._shares_grid(value):
             return value
         return quantize(

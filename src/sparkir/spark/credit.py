@@ -20,6 +20,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from sparkir.spark.batch import averaged, of_all, rank, ranks
 from sparkir.spark.difficulty import to_cells
 from sparkir.spark.reward import psnr_db, ssim
 
@@ -42,7 +43,8 @@ def cell_credit(
     Args:
         student: restores a batch; called without gradient, on the second half.
         parameters: of the student; moved while it is called, and put back.
-        lq: what the student restores, two images at least.
+        lq: what the student restores, two images at least; of a batch that several processes
+            share, this one's images.
         output: what it made of `lq`, with its graph, which is kept.
         teacher: what the teacher made of it.
         target: the ground truth; all images in [0, 1].
@@ -56,15 +58,19 @@ def cell_credit(
         Mean fall of (student - teacher)**2 in each cell. Positive where imitating the teacher and
         improving the reward are the same thing.
     """
-    half = len(lq) // 2
+    half = ranks() * len(lq) // 2  # of all processes' images
     assert half > 0, "credit needs two images"
+    own = min(max(half - rank() * len(lq), 0), len(lq))  # how many of it are here
     weights = [p for p in parameters if p.dim() > 1]
-    gain = alpha * psnr_db(output[:half], target[:half]) + beta * ssim(output[:half], target[:half])
+    gain = alpha * psnr_db(output[:own], target[:own]) + beta * ssim(output[:own], target[:own])
     uphill = torch.autograd.grad(gain.sum(), weights, retain_graph=True, allow_unused=True)
-    with _moved(weights, uphill, reach):
-        after = student(lq[half:])
-    fall = (output[half:] - teacher[half:]).square() - (after - teacher[half:]).square()
-    return to_cells(fall.detach().mean(1, keepdim=True), grid).mean(-1)
+    credit = output.new_zeros(len(lq), 1, grid, grid)
+    with _moved(weights, averaged(uphill), reach):
+        if own < len(lq):
+            after = student(lq[own:])
+            fall = (output[own:] - teacher[own:]).square() - (after - teacher[own:]).square()
+            credit[own:] = to_cells(fall.detach().mean(1, keepdim=True), grid).mean(-1)
+    return of_all(credit)[half:]
 
 
 @contextmanager

@@ -11,6 +11,8 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from sparkir.spark.batch import of_all
+
 FEATURES = ("laplacian_variance", "pixel_variance", "student_error", "teacher_gap")
 _LUMA = (0.299, 0.587, 0.114)
 _EPSILON = 1e-6
@@ -95,11 +97,11 @@ class Standardize(nn.Module):
 
     @torch.no_grad()
     def forward(self, maps: Float[Tensor, "b k g g"]) -> Float[Tensor, "b k g g"]:
-        """Standardized maps; in training, also follow the statistics."""
+        """Standardized maps; in training, also follow the statistics of the whole batch."""
         logs = (maps + _EPSILON).log()
         if self.training:
             share = torch.where(self.count == 0, 1.0, self.momentum)
-            variance, mean = torch.var_mean(logs, dim=(0, 2, 3), unbiased=False)
+            variance, mean = torch.var_mean(of_all(logs), dim=(0, 2, 3), unbiased=False)
             self.mean.lerp_(mean, share)
             self.variance.lerp_(variance, share)
             self.count.add_(1)

@@ -9,6 +9,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from sparkir.spark.batch import normal, of_all
+
 
 class Action(NamedTuple):
     """One draw from the policy."""
@@ -22,6 +24,10 @@ class Action(NamedTuple):
     def weights(self) -> Float[Tensor, "b 1 g g"]:
         """W, the draw clamped to [0, 1]; carries no gradient."""
         return self.sample.clamp(0, 1)
+
+    def of_all(self) -> Action:
+        """The draws for the whole batch, where several processes share it."""
+        return Action(of_all(self.features), of_all(self.sample))
 
 
 class Policy(nn.Module):
@@ -57,7 +63,7 @@ class Policy(nn.Module):
     def act(self, features: Float[Tensor, "b k g g"]) -> Action:
         """Draw W ~ N(mu, sigma), independently per cell."""
         mu, sigma = self(features)
-        return Action(features, mu + sigma * torch.randn_like(mu))
+        return Action(features, mu + sigma * normal(tuple(mu.shape), device=mu.device))
 
     def log_probability(self, action: Action) -> Float[Tensor, " b"]:
         """log N(sample; mu, sigma), summed over cells, with gradient to the policy.

@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn, optim
 
+from sparkir.spark.batch import normal, of_all
 from sparkir.spark.difficulty import FEATURES, Standardize, difficulty_maps, to_cells
 from sparkir.spark.policy import Action, Policy
 
@@ -89,7 +90,7 @@ class Random(Weighting):
     def forward(self, student: Tensor, teacher: Tensor, target: Tensor) -> Tensor:
         """A fresh map for every image."""
         shape = (student.shape[0], 1, self.grid, self.grid)
-        draw = self.mean + self.sigma * torch.randn(shape, device=student.device)
+        draw = self.mean + self.sigma * normal(shape, device=student.device)
         return to_pixels(draw.clamp(0, self.highest), (student.shape[-2], student.shape[-1]))
 
 
@@ -176,13 +177,13 @@ class SparkPaper(Weighting):
         return step % self.reward_every == 0
 
     def learn(self, reward: Float[Tensor, " b"]) -> dict[str, float]:
-        """One REINFORCE step on the last draw.
+        """One REINFORCE step on the last draw, the same in every process that shares the batch.
 
         unspecified in the paper: the estimator, the baseline (the batch's mean, divided by its
         deviation), the entropy bonus and the optimizer.
         """
-        action = self._action
-        assert action is not None, "learn follows a forward in training"
+        assert self._action is not None, "learn follows a forward in training"
+        action, reward = self._action.of_all(), of_all(reward)
         reward = reward.double()  # equal float32 rewards may differ from their rounded mean
         deviation = reward.std(unbiased=False)
         advantage = (reward - reward.mean()) / (deviation + 1e-8)
@@ -273,11 +274,14 @@ class Spark(Weighting):
         return step % self.reward_every == 0
 
     def learn_credit(self, credit: Float[Tensor, "half 1 g g"]) -> dict[str, float]:
-        """One step up the gradient of mean(W * credit) + entropy_bonus * entropy(W)."""
+        """One step up the gradient of mean(W * credit) + entropy_bonus * entropy(W).
+
+        The same in every process that shares the batch, with the credit of all of it.
+        """
         assert self._features is not None, "learn_credit follows a forward in training"
         deviation = credit.square().mean().sqrt()
         standard = credit / deviation.clamp_min(torch.finfo(credit.dtype).tiny)
-        logarithm = self._allocation(self._features[-len(credit) :])
+        logarithm = self._allocation(of_all(self._features)[-len(credit) :])
         weights = logarithm.exp()
         gain, divergence = (weights * standard).mean(), (weights * logarithm).mean()
         loss = self.entropy_bonus * divergence - gain

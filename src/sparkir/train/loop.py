@@ -15,9 +15,11 @@ from torch import Tensor, nn
 from sparkir.distill.task import DistillationTask, StepLosses
 from sparkir.errors import SparkirError
 from sparkir.quant.fused import fused_rounding
+from sparkir.spark.batch import averaged, of_all
 from sparkir.spark.credit import cell_credit
 from sparkir.spark.reward import reward, undone
 from sparkir.spark.weighting import Weighting
+from sparkir.train.distribute import Devices
 from sparkir.train.optimize import Schedule, rate_factor, set_rates
 from sparkir.train.state import TrainState
 
@@ -60,6 +62,7 @@ def train(
     evaluate: Callable[[nn.Module], float],
     report: Report,
     stop_requested: Callable[[], bool] = lambda: False,
+    devices: Devices | None = None,
 ) -> None:
     """Train `task.student` from `state.step` to the end.
 
@@ -72,6 +75,8 @@ def train(
         report: receives `step`, `policy`, `evaluation` and `checkpoint` events.
         stop_requested: asked after each step; when true, the state is saved and `Interrupted`
             raised.
+        devices: the processes that share the batches, all of which call this; alone when None.
+            The first one writes the checkpoints.
 
     Raises:
         Diverged: the loss or a gradient is no longer finite; the last checkpoint is good.
@@ -80,6 +85,8 @@ def train(
     device = next(task.student.parameters()).device
     weighting, optimizer = task.weighting, state.optimizer
     trained = [p for group in optimizer.param_groups for p in group["params"]]
+    devices = devices or Devices()
+    step_losses = devices.wrap(task, trained)
     task.train()
 
     while state.step < settings.steps:
@@ -89,40 +96,47 @@ def train(
         set_rates(optimizer, _rate_factor(step, settings))
 
         with _computing(settings, device):
-            losses = task(lq, gt, *teacher)
+            losses = step_losses(lq, gt, *teacher)
         loss, gt = losses.total(), losses.gt  # as the student restores it
 
         if weighting.wants_credit_at(step) and losses.weights is not None:
             _learn_credit(weighting, losses, task, lq, gt, trained, settings, step, report)
         learning = weighting.learns_at(step) and losses.weights is not None
         if learning:  # the same step without spatial allocation, taken and undone
-            other = torch.autograd.grad(
-                losses.total_without_allocation(), trained, retain_graph=True, allow_unused=True
+            other = averaged(
+                torch.autograd.grad(
+                    losses.total_without_allocation(), trained, retain_graph=True, allow_unused=True
+                )
             )
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
-        norm = _checked_norm(trained, loss, step, settings, checkpoint)
+        loss = devices.mean(loss)
+        norm = _checked_norm(trained, loss, step, settings, checkpoint, devices)
         if learning:
             without = _output_after(other, task, lq, optimizer, trained, settings)
         optimizer.step()
         if learning:
-            _learn(weighting, _output(task, lq, settings), without, gt, step, report, checkpoint)
+            output = _output(task, lq, settings)
+            gain = _gain(weighting, output, without, gt, step, checkpoint, devices)
+            report({"kind": "policy", "step": step} | weighting.learn(gain))
         if state.average is not None:
             state.average.update_parameters(task.student)
 
         state.step += 1
         if state.step % settings.log_every == 0 or state.step == settings.steps:
-            summary = _summary(losses, loss, norm, optimizer)
+            summary = _summary(losses, loss, norm, optimizer, devices)
             took_s = time.perf_counter() - began
             times = {"step_s": took_s, "data_share": (loaded - began) / took_s}
             report({"kind": "step", "step": state.step} | summary | times)
         if _is_due(state.step, settings.evaluate_every, settings.steps):
-            _evaluate(state, evaluate, checkpoint, report)
-        stopping = stop_requested() and state.step < settings.steps
+            _evaluate(state, evaluate, checkpoint, report, devices)
+        stopping = devices.any(stop_requested()) and state.step < settings.steps
         if stopping or _is_due(state.step, settings.checkpoint_every, settings.steps):
-            state.save(checkpoint)
+            if devices.first:
+                state.save(checkpoint)
             report({"kind": "checkpoint", "step": state.step, "path": checkpoint.name})
         if stopping:
+            devices.wait()  # where one process is gone, torchrun ends the others, saved or not
             raise Interrupted
 
 
@@ -153,6 +167,7 @@ def _checked_norm(
     step: int,
     settings: LoopSettings,
     checkpoint: Path,
+    devices: Devices,
 ) -> float:
     """Clip the gradients, return their norm; refuse to step on anything that is not finite."""
     limit = settings.clip_norm or float("inf")
@@ -160,7 +175,7 @@ def _checked_norm(
     if torch.isfinite(loss) and norm < float("inf"):
         return norm
     what = f"the loss is {float(loss.detach())} and the gradient norm {norm}"
-    raise _diverged(what, step, checkpoint)
+    raise devices.alike(_diverged(what, step, checkpoint))
 
 
 def _diverged(what: str, step: int, checkpoint: Path) -> Diverged:
@@ -229,28 +244,35 @@ def _learn_credit(
     report({"kind": "policy", "step": step} | weighting.learn_credit(credit))
 
 
-def _learn(
+def _gain(
     weighting: Weighting,
     output: Tensor,
     without: Tensor,
     gt: Tensor,
     step: int,
-    report: Report,
     checkpoint: Path,
-) -> None:
+    devices: Devices,
+) -> Tensor:
+    """Each image's reward; refuse to learn from anything that is not finite."""
     gain = reward(output, without, gt, alpha=weighting.alpha, beta=weighting.beta)
-    if not gain.isfinite().all():
-        raise _diverged(f"the reward is {gain.tolist()}", step, checkpoint)
-    report({"kind": "policy", "step": step} | weighting.learn(gain))
+    found = of_all(gain)
+    if not found.isfinite().all():
+        raise devices.alike(_diverged(f"the reward is {found.tolist()}", step, checkpoint))
+    return gain
 
 
 def _summary(
-    losses: StepLosses, loss: Tensor, norm: float, optimizer: torch.optim.Optimizer
+    losses: StepLosses,
+    loss: Tensor,
+    norm: float,
+    optimizer: torch.optim.Optimizer,
+    devices: Devices,
 ) -> dict[str, float]:
+    """What the log says of a step, of the whole batch."""
     summary = {
-        "loss": float(loss.detach()),
-        "reconstruction": float(losses.reconstruction.detach()),
-        "distillation": float(losses.distillation().detach()),
+        "loss": float(loss),
+        "reconstruction": float(devices.mean(losses.reconstruction)),
+        "distillation": float(devices.mean(losses.distillation())),
         "gradient_norm": norm,
         "learning_rate": optimizer.param_groups[0]["lr"],
     }
@@ -258,8 +280,9 @@ def _summary(
     if len(parts) > 1:
         summary |= {f"distillation_{name}": float(loss.detach()) for name, loss in parts.items()}
     if losses.weights is not None:
-        summary["mean_weight"] = float(losses.weights.mean())
-        summary["weight_deviation"] = float(losses.weights.std())
+        weights = of_all(losses.weights)
+        summary["mean_weight"] = float(weights.mean())
+        summary["weight_deviation"] = float(weights.std())
     return summary
 
 
@@ -272,11 +295,13 @@ def _evaluate(
     evaluate: Callable[[nn.Module], float],
     checkpoint: Path,
     report: Report,
+    devices: Devices,
 ) -> None:
     network: nn.Module = state.student if state.average is None else state.average.module
     psnr_db = evaluate(network)
     is_best = psnr_db > state.best.get("psnr_db", float("-inf"))
     if is_best:
         state.best = {"step": float(state.step), "psnr_db": psnr_db}
-        state.save(checkpoint.with_name("best.pt"))
+        if devices.first:
+            state.save(checkpoint.with_name("best.pt"))
     report({"kind": "evaluation", "step": state.step, "psnr_db": psnr_db, "best": is_best})

@@ -116,7 +116,8 @@ def _random_state() -> dict[str, Any]:
         "python": [version, list(words), gauss],
         "numpy": numpy_state,
         "torch": torch.get_rng_state(),
-        "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],
+        # Of the GPU that this process trains on; those of other processes are in the same state.
+        "cuda": [torch.cuda.get_rng_state()] if torch.cuda.is_available() else [],
     }
 
 
@@ -128,4 +129,4 @@ def _restore_random_state(state: dict[str, Any]) -> None:
     np.random.set_state(numpy_state | {"state": numpy_state["state"] | {"key": key}})
     torch.set_rng_state(state["torch"])
     if state["cuda"]:
-        torch.cuda.set_rng_state_all(state["cuda"])
+        torch.cuda.set_rng_state(state["cuda"][0])
