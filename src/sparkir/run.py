@@ -52,6 +52,7 @@ from sparkir.measure import (
     runtime_contender,
     trained_contenders,
 )
+from sparkir.quant.fused import require_compiler
 from sparkir.quant.reference import freeze
 from sparkir.recipe import Recipe, WeightingChoice, differences, load
 from sparkir.report.events import EventLog
@@ -134,6 +135,8 @@ def training_of(
     student = copy.deepcopy(materials.student)
     if recipe.quant is not None:
         student = quantize_student(student, recipe.quant, materials.crops)
+        if recipe.train.compile:
+            require_compiler(device_of(student))
     if _channels_last(recipe, device_of(student)):
         # What it computes takes the layout of its weights.
         student.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
