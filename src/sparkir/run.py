@@ -142,8 +142,9 @@ def training_of(
         student.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     source = weighting_of(recipe.weighting).to(device_of(student))
     task = task_of(recipe, student, source, materials)
-    if outputs is None and not task.method.teacher_taps:
-        outputs = teacher_outputs(recipe, materials, report)
+    if outputs is None:
+        shown = bool(task.method.teacher_taps)
+        outputs = teacher_outputs(recipe, materials, report, features=shown)
     state = TrainState(
         student=student,
         weighting=source,
