@@ -251,7 +251,7 @@ def distill(
     with _claimed(folder, recipe, resume=resume), EventLog(folder / "events.jsonl") as log:
 
         def tell(event: dict[str, Any]) -> None:
-            if event["kind"] != "decoding":
+            if event["kind"] not in ("decoding", "teacher"):  # one for each image
                 log(event)
             report(event)
 
