@@ -20,6 +20,10 @@ check: $(VENV)/.installed
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
+# Minutes on one core; best on a machine that does nothing else.
+bench: $(VENV)/.installed
+	$(BIN)/python benchmarks/train_step.py --json records/training-speed/result.json
+
 format: $(VENV)/.installed
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .

@@ -118,3 +118,13 @@ def test_more_than_allowed_is_refused(made):
         SparkirError, match=r"2 training images take 0.1 MB.*teacher_cache_gb = 1e-05"
     ):
         teacher_outputs(recipe, materials, events.append)
+
+
+def test_methods_that_look_at_features_run_the_teacher_and_say_so(made, project):
+    recipe, materials, events = made({"distill.method": "fitnet", "train.steps": 2})
+    called = []
+    materials.teacher.register_forward_hook(lambda *_: called.append(1))
+    train_student(recipe, materials, project / "training", report=events.append)
+    assert len(called) >= 2
+    said = [event["message"] for event in events if event["kind"] == "warning"]
+    assert said == ["the teacher runs at every step: the distillation method looks at its features"]

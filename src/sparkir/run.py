@@ -52,6 +52,7 @@ from sparkir.measure import (
     runtime_contender,
     trained_contenders,
 )
+from sparkir.quant.fused import require_compiler
 from sparkir.quant.reference import freeze
 from sparkir.recipe import Recipe, WeightingChoice, differences, load
 from sparkir.report.events import EventLog
@@ -142,14 +143,17 @@ def training_of(
     student = copy.deepcopy(materials.student)
     if recipe.quant is not None:
         student = quantize_student(student, recipe.quant, materials.crops)
+        if recipe.train.compile:
+            require_compiler(device_of(student))
     if _channels_last(recipe, device_of(student)):
         # What it computes takes the layout of its weights.
         student.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     source = weighting_of(recipe.weighting).to(device_of(student))
     task = task_of(recipe, student, source, materials)
-    if outputs is None and not task.method.teacher_taps:
+    if outputs is None:
+        shown = bool(task.method.teacher_taps)
         with devices.in_turn():
-            outputs = teacher_outputs(recipe, materials, report)
+            outputs = teacher_outputs(recipe, materials, report, features=shown)
     state = TrainState(
         student=student,
         weighting=source,
@@ -275,7 +279,7 @@ def distill(
             log = held.enter_context(EventLog(folder / "events.jsonl"))
 
             def tell(event: dict[str, Any]) -> None:
-                if event["kind"] != "decoding":
+                if event["kind"] not in ("decoding", "teacher"):  # one for each image
                     log(event)
                 report(event)
 

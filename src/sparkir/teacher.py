@@ -18,6 +18,7 @@ from sparkir.assemble import Materials, Report, cache_folder
 from sparkir.data.outputs import OutputStore, bytes_of, fill, output_store, to_levels
 from sparkir.data.pairs import PairStore
 from sparkir.errors import SparkirError
+from sparkir.models.facts import facts_of
 from sparkir.recipe import Recipe
 from sparkir.restore.engine import Engine
 from sparkir.restore.memory import shown_bytes
@@ -27,10 +28,13 @@ from sparkir.tools import Opened, restorer_of
 _WHITE = 2**16 - 1
 
 
-def teacher_outputs(recipe: Recipe, materials: Materials, report: Report) -> OutputStore | None:
+def teacher_outputs(
+    recipe: Recipe, materials: Materials, report: Report, *, features: bool = False
+) -> OutputStore | None:
     """What the recipe's teacher makes of the training images, from an earlier run or computed now.
 
-    None, with the reason reported, where it has to run at every step.
+    None, with the reason reported, where it has to run at every step; `features` says that the
+    method looks into it.
 
     Raises:
         SparkirError: it would take more of the disk than the recipe allows, or than there is.
@@ -38,7 +42,7 @@ def teacher_outputs(recipe: Recipe, materials: Materials, report: Report) -> Out
     teacher, pairs = materials.teacher, materials.train
     if recipe.distill is None or teacher is None or not recipe.train.teacher_cache:
         return None
-    reason = _why_not(pairs, teacher)
+    reason = _why_not(pairs, teacher, features=features)
     if reason:
         report({"kind": "warning", "message": f"the teacher runs at every step: {reason}"})
         return None
@@ -55,8 +59,12 @@ def teacher_outputs(recipe: Recipe, materials: Materials, report: Report) -> Out
     return store
 
 
-def _why_not(pairs: PairStore, teacher: nn.Module) -> str:
-    """Why its outputs cannot be kept; empty if they can."""
+def _why_not(pairs: PairStore, teacher: nn.Module, *, features: bool) -> str:
+    """Why its outputs cannot be kept, or not be enough; empty if they can."""
+    if features:
+        return "the distillation method looks at its features"
+    if facts_of(teacher).channels != 3:
+        return "it restores one channel"
     if not pairs.identity:
         return "degraded images are drawn anew for each crop"
     if not _code_of(teacher):

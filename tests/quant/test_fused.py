@@ -7,10 +7,12 @@ import torch
 from slow_reference import FAKE_QUANTIZE
 from toys import CASES, images, quantized
 
+from sparkir.errors import SparkirError
 from sparkir.quant import fused
 from sparkir.quant.fused import (
     Grid,
     fused_rounding,
+    require_compiler,
     round_grid,
     round_product,
     round_reals,
@@ -164,6 +166,15 @@ def trained_both_ways(network, spec, x):
         (output * torch.linspace(-1, 1, output.numel()).view_as(output)).sum().backward()
         gradients = {n: p.grad for n, p in student.named_parameters() if p.grad is not None}
         yield output, gradients
+
+
+def test_without_a_compiler_it_says_what_to_do(monkeypatch):
+    def fails(kernel):
+        raise RuntimeError("InvalidCxxCompiler: no working C++ compiler\nfound in g++")
+
+    monkeypatch.setattr(fused, "_compiled", fails)
+    with pytest.raises(SparkirError, match=r"g\+\+.*no working C\+\+.*train.compile = false"):
+        require_compiler(torch.device("cpu"))
 
 
 @pytest.mark.slow

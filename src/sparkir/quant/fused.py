@@ -21,6 +21,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from sparkir.data.codec import one_line
+from sparkir.errors import SparkirError
+
 _fused = ContextVar("fused", default=False)
 
 
@@ -37,6 +40,23 @@ def fused_rounding(on: bool) -> Iterator[None]:
 def rounds_fused() -> bool:
     """Whether they are now."""
     return _fused.get()
+
+
+def require_compiler(device: torch.device) -> None:
+    """Compile one kernel now.
+
+    Raises:
+        SparkirError: it cannot be done here.
+    """
+    x = torch.zeros(2, 3, 4, 4, device=device)
+    try:
+        round_reals(x, 0.0, Grid(torch.tensor(1.0, device=device), 0.0, 1.0, clip_only=False))
+    except Exception as error:  # compilers fail in many ways, and share no public class
+        raise SparkirError(
+            "train.compile = true needs what torch.compile needs (a C++ compiler such as g++; on a "
+            f"GPU, Triton), and it failed: {one_line(error)}; install it, or set "
+            "train.compile = false"
+        ) from error
 
 
 # The kernels. `low` and `high` bound the whole numbers, (); all else are values and factors. -----
