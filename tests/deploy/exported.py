@@ -99,6 +99,8 @@ NETWORKS: dict[str, Callable[[], nn.Module]] = {
     "bsrn-s": lambda: build("bsrn-s", width=8, blocks=1, scale=2),
     "carn-m": lambda: build("carn-m", width=8, scale=2),
     "imdn": lambda: build("imdn", width=8, blocks=1, scale=2),
+    "fmen": lambda: build("fmen", width=8, blocks=1, scale=2),
+    "span": lambda: build("span", width=8, cat_width=8, blocks=2, scale=2),
     "plainusr": lambda: build("plainusr", size="u", scale=2),
     "pooling": lambda: build("plainusr", size="s", scale=2),
     "everything": Everything,

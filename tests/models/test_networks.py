@@ -20,6 +20,8 @@ SMALL = {
     "carn-m x3": {"width": 4, "scale": 3},
     "carn-m x4": {"width": 4, "scale": 4},
     "imdn": {"width": 8, "blocks": 3},
+    "fmen": {"width": 8, "blocks": 1},
+    "span": {"width": 8, "cat_width": 4, "blocks": 2},
     "plainusr x2 u": {"scale": 2, "size": "u"},
     "plainusr x4 s": {"scale": 4, "size": "s"},
     "dncnn": {"depth": 4, "width": 4},
@@ -34,6 +36,7 @@ SMALL = {
 
 WINDOW_PX = dict.fromkeys(("rfdn", "rlfn", "bsrn", "bsrn-s"), 13) | {"plainusr": 12}
 """Margin in the halo for attention on a coarse grid, which is switched off to measure the reach."""
+MASKS = ("excitate.weight", "c3_r.eval_conv.weight")
 ATTENTION = ("esa.conv4.weight", "conv_du.2.weight", "body.3.body.0.weight")
 
 
@@ -94,6 +97,8 @@ def _reach_px(network):
         parameter.data = parameter.data.double().abs() + 0.01  # nothing cancels, no ReLU is shut
         if name.endswith(ATTENTION):
             parameter.data.zero_()  # a constant mask
+        if name.endswith(MASKS):
+            parameter.data.mul_(1e-30)  # a mask that is not flat
     network.double()
     centre, scale = network.facts.halo_px + 2, network.facts.scale
     size = 2 * centre + 1

@@ -32,8 +32,8 @@ def user_module(monkeypatch):
 
 def test_every_available_network_can_be_built_and_carries_facts():
     assert set(available()) == {
-        *("bsrn", "bsrn-s", "carn-m", "dncnn", "edsr", "edsr-baseline", "imdn", "plainusr", "rfdn"),
-        *("rlfn", "srcnn"),
+        *("bsrn", "bsrn-s", "carn-m", "dncnn", "edsr", "edsr-baseline", "fmen", "imdn"),
+        *("plainusr", "rfdn", "rlfn", "span", "srcnn"),
     }
     for name, description in available().items():
         assert isinstance(build(name).facts, ModelFacts)
@@ -54,7 +54,7 @@ def test_options_reach_the_network():
     [
         ("rfdnn", {}, "did you mean 'rfdn'"),
         ("RFDN", {}, "did you mean 'rfdn'"),
-        ("zzz", {}, "known: bsrn, bsrn-s, carn-m, dncnn, edsr, edsr-baseline, imdn"),
+        ("zzz", {}, "known: bsrn, bsrn-s, carn-m, dncnn, edsr, edsr-baseline, fmen, imdn"),
         ("rfdn", {"depth": 3}, "no option 'depth'; it has: scale, width, blocks, value_range"),
         ("rfdn", {"scale": 0}, "'scale' of network 'rfdn' must be a whole number >= 1, got 0"),
         ("rfdn", {"scale": 2.0}, "must be a whole number"),
@@ -67,6 +67,7 @@ def test_options_reach_the_network():
         ("carn-m", {"scale": 8}, "CARN-M enlarges by 2, 3 or 4, got scale 8"),
         ("carn-m", {"width": 30}, "CARN-M needs a width that is a multiple of 4, got 30"),
         ("imdn", {"width": 30}, "IMDN needs a width that is a multiple of 4, got 30"),
+        ("span", {"blocks": 1}, "SPAN needs blocks >= 2"),
         ("plainusr", {"size": "xl"}, "PlainUSR comes in the sizes u, t, s, m, got 'xl'"),
         ("dncnn", {"channels": 4}, "channels must be 1"),
         ("dncnn", {"depth": 1}, "depth >= 2"),

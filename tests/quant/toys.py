@@ -331,6 +331,8 @@ _LAST_LAYERS = {
     "bsrn": "upsampler.upsampleOneStep.0",
     "bsrn-s": "upsampler.upsampleOneStep.0",
     "imdn": "model.2",
+    "fmen": "tail.0",
+    "span": "upsampler.0",
 }
 """Of networks that do not add their output to something."""
 
@@ -346,6 +348,8 @@ def make_trained(network: nn.Module) -> None:
         for layer in network.modules():
             if isinstance(layer, nn.Conv2d) and layer.groups > 1:
                 layer.bias.fill_(0.2)
+    if name == "span":  # its first layer reads [0, 255]
+        network.conv_1.eval_conv.weight.mul_(0.01)
     if name == "plainusr":  # a dim image, and a little of the rest
         for weight in (network.head_image.weight, network.tail_image.weight):
             weight.lerp_(weight.round(), 0.8).mul_(0.5)
@@ -471,6 +475,12 @@ CASES: dict[str, Case] = {
         _INTERPOLATION,
     ),
     "carn-m": Case(shipped("carn-m", width=8, scale=2), {"entry", "exit"}, {"sub": "subtraction"}),
+    "fmen": Case(shipped("fmen", width=8, blocks=1, scale=2), {"head", "tail.0"}),
+    "span": Case(
+        shipped("span", width=8, cat_width=8, blocks=2, scale=2),
+        {"conv_1.eval_conv", "upsampler.0"},
+        {"sub": "subtraction", "mul": _CONSTANT},
+    ),
     "imdn": Case(shipped("imdn", width=8, blocks=1, scale=2), {"model.0", "model.2"}),
     "plainusr": Case(shipped("plainusr", size="u", scale=2), _PLAIN_EDGES),
     "plainusr with pooling": Case(

@@ -15,10 +15,12 @@ from sparkir.models.carn import CARNM
 from sparkir.models.dncnn import DnCNN
 from sparkir.models.edsr import EDSR
 from sparkir.models.facts import ModelFacts
+from sparkir.models.fmen import FMEN
 from sparkir.models.imdn import IMDN
 from sparkir.models.plainusr import PlainUSR
 from sparkir.models.rfdn import RFDN
 from sparkir.models.rlfn import RLFN
+from sparkir.models.span import SPAN
 from sparkir.models.srcnn import SRCNN
 
 
@@ -34,10 +36,12 @@ _ENTRIES: dict[str, _Entry] = {
     "carn-m": _Entry(CARNM, "CARN-M, cascading and recursive, grouped convolutions (ECCV 2018)"),
     "dncnn": _Entry(DnCNN, "DnCNN, plain residual denoiser (TIP 2017)"),
     "edsr": _Entry(EDSR, "EDSR, deep residual super-resolution, 64 wide, 16 blocks (CVPRW 2017)"),
+    "fmen": _Entry(FMEN, "FMEN, fast, light on memory, with attention at full size (NTIRE 2022)"),
     "imdn": _Entry(IMDN, "IMDN, multi-distillation, the NTIRE challenges' baseline (AIM 2019)"),
     "plainusr": _Entry(PlainUSR, "PlainUSR, plain convolutions in a U-Net of channels (ACCV 2024)"),
     "rfdn": _Entry(RFDN, "RFDN, light super-resolution with spatial attention (AIM 2020)"),
     "rlfn": _Entry(RLFN, "RLFN, fast and light, with spatial attention (NTIRE 2022)"),
+    "span": _Entry(SPAN, "SPAN, attention without parameters (NTIRE 2024)"),
     "srcnn": _Entry(SRCNN, "SRCNN 9-5-5, bicubic and three convolutions (TPAMI 2016)"),
 }
 # The name under which the paper and its checkpoints speak of EDSR's default size.

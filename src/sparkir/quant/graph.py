@@ -101,8 +101,8 @@ class Tap(nn.Identity):
 class _Tracer(fx.Tracer):
     """Symbolic tracing that leaves a `Tap` where each tapped submodule returned.
 
-    A module with an attribute `stays_in_float`, which says why, is not looked into: what is
-    computed inside it is then put on no grid.
+    A network's own module is not looked into if it has an attribute `stays_in_float`, which says
+    why: what is computed inside it is then put on no grid; or `of_one_value`: it is a table.
     """
 
     def __init__(self, taps: tuple[str, ...]) -> None:
@@ -110,7 +110,8 @@ class _Tracer(fx.Tracer):
         self.taps = set(taps)
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
-        return hasattr(m, "stays_in_float") or super().is_leaf_module(m, module_qualified_name)
+        marked = hasattr(m, "stays_in_float") or hasattr(m, "of_one_value")
+        return marked or super().is_leaf_module(m, module_qualified_name)
 
     def call_module(
         self,
@@ -252,6 +253,8 @@ def _kind(node: fx.Node, network: fx.GraphModule, kinds: Mapping[fx.Node, Kind])
             return Kind.TAP
         if isinstance(module, nn.Conv2d) and module.padding_mode != "zeros":
             return Kind.FLOAT
+        if hasattr(module, "of_one_value"):
+            return Kind.TABLE
         return _MODULES.get(type(module), Kind.FLOAT)
     kind = Kind.PASS if _is_slice(node) else _FUNCTIONS.get(node.target, Kind.FLOAT)
     tensors = {n for n in node.all_input_nodes if kinds[n] is not Kind.NOT_A_TENSOR}
@@ -277,7 +280,8 @@ def _is_slice(node: fx.Node) -> bool:
 def is_transcendental(node: fx.Node, network: fx.GraphModule) -> bool:
     """Whether an operation is a function that no two libraries compute alike."""
     if node.op == "call_module":
-        return type(network.get_submodule(str(node.target))) in _TRANSCENDENTAL
+        module = network.get_submodule(str(node.target))
+        return type(module) in _TRANSCENDENTAL or hasattr(module, "of_one_value")
     return node.target in _TRANSCENDENTAL
 
 
