@@ -201,7 +201,7 @@ def start(device: str) -> Devices:
         return Devices()
     try:
         from lightning_fabric import Fabric
-        from lightning_fabric.strategies import DDPStrategy
+        from lightning_fabric.strategies.ddp import DDPStrategy
     except ModuleNotFoundError as error:
         raise SparkirError(
             f"torchrun started {count} processes, which lightning-fabric brings together, and "
