@@ -51,7 +51,7 @@ def two(folder: Path, alone: dict[str, Any]) -> dict[str, Any]:
         [*launch, str(script), str(folder)],
         capture_output=True,
         text=True,
-        timeout=300,
+        timeout=1800,
         env=os.environ | {"OMP_NUM_THREADS": "1"},
         check=False,
     )
