@@ -636,6 +636,25 @@ def test_ctrl_c_stops_at_once_where_there_is_no_step_to_wait_for():
         assert not shown.stop
 
 
+def test_a_comparison_has_a_bar_for_every_training_and_one_for_all(capsys):
+    with cli._display(cli._CellDisplay) as shown:
+        shown({"kind": "cells", "done": 1, "total": 3})
+        for cell in ("QAT, seed 0", "KD, seed 0"):
+            shown({"kind": "cell", "cell": cell, "steps": 8})
+            shown({"kind": "stage", "cell": cell, "name": "train QAT", "steps": 8})
+            shown({"kind": "stage", "cell": cell, "name": "teacher on 2 images", "steps": 2})
+            shown({"kind": "warning", "cell": cell, "message": "the same for both"})
+        shown({"kind": "step", "cell": "KD, seed 0", "step": 5, "loss": 0.5})
+        bars = {task.description: (task.completed, task.total) for task in shown.progress.tasks}
+        assert bars == {"comparison": (1, 3), "QAT, seed 0": (0, 8), "KD, seed 0": (5, 8)}
+        notes = [task.fields["note"] for task in shown.progress.tasks]
+        assert notes == ["", "teacher on 2 images", "loss 0.50000"]
+        shown({"kind": "cell_done", "cell": "QAT, seed 0", "failed": ""})
+        assert [task.completed for task in shown.progress.tasks] == [2, 5]
+        assert shown.training  # or a first Ctrl-C would not wait for the step
+    assert capsys.readouterr().err.count("the same for both") == 1
+
+
 # evaluate, restore, export --------------------------------------------------------------------
 
 EDSR = ("edsr", "--weights", "teacher.safetensors")

@@ -651,6 +651,7 @@ class _CellDisplay(_Display):
         super().__init__(progress)
         self.cells: dict[str, TaskID] = {}
         self.overall: TaskID | None = None
+        self.warned: set[str] = set()
 
     def _on_cells(self, event: dict[str, Any]) -> None:
         self.finish()
@@ -663,19 +664,34 @@ class _CellDisplay(_Display):
         name = escape(event["cell"])
         self.cells[event["cell"]] = self.progress.add_task(name, total=event["steps"], note="")
 
+    def _on_stage(self, event: dict[str, Any]) -> None:
+        if not event["name"].startswith("train"):  # which is what the bar is of
+            self._note(event, event["name"])
+
+    def _on_teacher(self, event: dict[str, Any]) -> None:
+        self._note(event, f"teacher on image {event['done']} of {event['total']}")
+
     def _on_resumed(self, event: dict[str, Any]) -> None:
-        self.progress.update(self.cells[event["cell"]], completed=event["step"])
+        self._note(event, "", completed=event["step"])
 
     def _on_step(self, event: dict[str, Any]) -> None:
-        note = f"loss {event['loss']:.5f}"
-        self.progress.update(self.cells[event["cell"]], completed=event["step"], note=note)
+        self._note(event, f"loss {event['loss']:.5f}", completed=event["step"])
 
     def _on_evaluation(self, event: dict[str, Any]) -> None:
-        note = f"PSNR {event['psnr_db']:.2f} dB"
-        self.progress.update(self.cells[event["cell"]], note=note)
+        self._note(event, f"PSNR {event['psnr_db']:.2f} dB")
 
     def _on_scoring(self, event: dict[str, Any]) -> None:
-        self.progress.update(self.cells[event["cell"]], note=escape(f"scoring {event['set']}"))
+        self._note(event, f"scoring {event['set']}")
+
+    def _on_warning(self, event: dict[str, Any]) -> None:
+        if event["message"] not in self.warned:  # by the same thing in another cell
+            self.warned.add(event["message"])
+            super()._on_warning(event)
+
+    def _note(self, event: dict[str, Any], note: str, completed: int | None = None) -> None:
+        task = self.cells.get(event.get("cell", ""))
+        if task is not None:
+            self.progress.update(task, note=escape(note), completed=completed)
 
     def _on_cell_done(self, event: dict[str, Any]) -> None:
         self.progress.remove_task(self.cells.pop(event["cell"]))

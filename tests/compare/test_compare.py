@@ -235,6 +235,32 @@ def test_every_method_sees_the_same_crops_and_starts_from_the_same_weights(short
     assert starts["seed-0/qat"] != starts["seed-1/qat"]  # a fresh student's weights
 
 
+def test_stored_outputs_of_the_teacher_change_nothing_of_what_is_seen(short):
+    """Where the samplers end is compared before anything is put into a table."""
+    recipe = load("tiny.toml", ["train.steps=3", "train.teacher_cache=true"])
+    made = compare(recipe, short / "made", methods=choose("qat,kd,fitnet", recipe), seeds=1)
+    assert [line.seeds for line in made.tables[0].lines] == [1, 1, 1]
+    assert all("data_order" in (cell / "result.json").read_text() for cell in cells(short))
+
+
+def test_denoising_in_grey(short):
+    changes = {
+        "data.degradation": "noise",
+        "data.scale": 1,
+        "data.channels": 1,
+        "metric": "grey",
+        "student.model": "dncnn",
+        "student.options": {"depth": 3, "width": 8, "channels": 1},
+        "train.steps": 2,
+    }
+    without = ["teacher", "distill", "weighting", "baselines"]
+    write_recipe(short / "tiny.toml", changes, without=without)
+    said = call("compare", "tiny.toml", "--methods", "degraded,float,ptq,qat", "--out", "made")
+    assert said.code == 0, said
+    assert {line["images"] for line in lines(short).values()} == {2}
+    assert "PTQ: the student after its float training" in said.out
+
+
 @pytest.mark.parametrize("name", available())
 def test_networks_draw_nothing_while_they_train(name):
     """Or the draws of a policy, from the same generator, would change the student's."""
