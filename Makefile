@@ -7,12 +7,16 @@ BIN := $(VENV)/bin
 # The CPU build of torch, where the machine offers one; otherwise pip would fetch gigabytes of CUDA.
 TORCH ?= torch==2.13.0
 
-.PHONY: demo test check format docs clean
+.PHONY: demo test test-all check format docs clean
 
 demo: $(VENV)/.installed
 	$(BIN)/sparkir distill demo
 
 test: $(VENV)/.installed
+	$(BIN)/python -m pytest -m "not slow"
+
+# With those that install packages, train for minutes or run published networks over whole sets.
+test-all: $(VENV)/.installed
 	$(BIN)/python -m pytest
 
 check: $(VENV)/.installed

@@ -60,11 +60,17 @@ MEASURED = [
         )
     ),
 ]
+QUICK = (PUBLISHED[0], PUBLISHED[4], MEASURED[0])
 
 
 @pytest.mark.parametrize(
     ("model", "options", "weights", "name", "reference_db"),
-    [*PUBLISHED, *MEASURED],
+    [
+        *(
+            case if case in QUICK else pytest.param(*case, marks=pytest.mark.slow)
+            for case in (*PUBLISHED, *MEASURED)
+        )
+    ],
     ids=lambda value: value if isinstance(value, str) else None,
 )
 def test_weights_have_their_psnr(
