@@ -201,13 +201,14 @@ class TestLookAhead:
             assert len(run.of_kind("policy")) == (3 if every == 4 else 1)
         assert_same(finals[4], finals[10_000])
 
+    @pytest.mark.parametrize("source", ["spark-paper", "spark"])
     @pytest.mark.parametrize("layer", [nn.BatchNorm2d(3), nn.Dropout(0.5)], ids=["norm", "dropout"])
-    def test_student_with_memory_or_chance_does_not_feel_it(self, tmp_path, layer):
+    def test_student_with_memory_or_chance_does_not_feel_it(self, tmp_path, layer, source):
         """A network of the user's own may update statistics in a forward pass, or draw."""
         finals = []
         for every in (4, 10_000):
             options = {"reward_every": every, "learning_rate": 0.0}
-            run = small_run(tmp_path / str(every), source="spark-paper", options=options)
+            run = small_run(tmp_path / str(every), source=source, options=options)
             run.task.student.tail.append(copy.deepcopy(layer))
             finals.append(run.train().state.student.state_dict())
         assert_same(*finals)

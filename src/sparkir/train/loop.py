@@ -206,14 +206,33 @@ def _output_after(
 @torch.no_grad()
 def _output(task: DistillationTask, lq: Tensor, settings: LoopSettings) -> Tensor:
     """The student's output, leaving its buffers (batch statistics) and the generators alone."""
-    buffers = list(task.student.buffers())
-    before = [buffer.clone() for buffer in buffers]
     devices = [lq.device] if lq.device.type == "cuda" else []
-    with torch.random.fork_rng(devices), _computing(settings, lq.device):
-        output = task.run_student(lq)
-    for buffer, value in zip(buffers, before, strict=True):
-        buffer.copy_(value)
-    return output
+    with (
+        torch.random.fork_rng(devices),
+        _computing(settings, lq.device),
+        _buffers_aside(task.student),
+    ):
+        return task.run_student(lq)
+
+
+@contextmanager
+def _buffers_aside(student: nn.Module) -> Iterator[None]:
+    """Copies stand in for the buffers, which a backward pass that is still to come may need.
+
+    Writing the old values back would not do: autograd refuses a tensor that was written to.
+    """
+    own = [
+        (module, name, buffer)
+        for module in student.modules()
+        for name, buffer in module.named_buffers(recurse=False)
+    ]
+    for module, name, buffer in own:
+        setattr(module, name, buffer.clone())
+    try:
+        yield
+    finally:
+        for module, name, buffer in own:
+            setattr(module, name, buffer)
 
 
 def _learn_credit(
