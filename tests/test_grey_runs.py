@@ -11,12 +11,14 @@ from sparkir import recipe
 from sparkir.assemble import gather, open_pairs
 from sparkir.data.grey import to_grey
 from sparkir.deploy.runtime import RuntimeNetwork
+from sparkir.distill.methods import methods, published
 from sparkir.errors import SparkirError
 from sparkir.evaluate.benchmark import evaluate, mean
 from sparkir.evaluate.metrics import Convention
 from sparkir.models.checkpoint import save_weights
 from sparkir.models.registry import build
 from sparkir.recipe import Data
+from sparkir.run import train_student
 from sparkir.tools import evaluation_setup, open_model
 
 pytest_plugins = ["helpers"]
@@ -125,6 +127,31 @@ def test_luma_super_resolution_is_trained_under_any_teacher(project, teacher, so
     assert said.code == 0, said
     assert "PSNR-Y studio range, uint8, crop 2 px" in said.text
     assert (project / "run/comparison.png").is_file()
+
+
+@pytest.mark.parametrize("name", methods())
+@pytest.mark.parametrize("teacher_channels", [1, 3])
+def test_every_method_distils_a_student_of_one_channel(project, name, teacher_channels):
+    """Under a teacher of its kind, and under one in colour, whose output becomes luma."""
+    if name == "blocks" and teacher_channels == 3:
+        pytest.skip("blocks compares a student with its float self")
+    options = {"scale": 2, "channels": teacher_channels}
+    save_weights(build("srcnn", **options), project / "srcnn.safetensors", {})
+    changes = LUMA | {
+        "data.patch_px": 24,
+        "teacher.model": "srcnn",
+        "teacher.options": options,
+        "teacher.weights": "srcnn.safetensors",
+        "distill": published(name),
+        "train.steps": 2,
+    }
+    write_recipe(project / "method.toml", changes)
+    chosen = recipe.load("method.toml")
+    events = []
+    train_student(chosen, gather(chosen), project / "method", report=events.append)
+    steps = [event for event in events if event["kind"] == "step"]
+    assert len(steps) == 2
+    assert all(np.isfinite(step["loss"]) and step["distillation"] > 0 for step in steps)
 
 
 MISTAKES = {
