@@ -390,7 +390,7 @@ def say(what: str) -> None:
 def main() -> int:
     """Measure, print, perhaps write; 1 if something is slower than it must be."""
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--json", type=Path, help="write everything here, and a table beside it")
     parser.add_argument("--child", nargs=2, help=argparse.SUPPRESS)
     arguments = parser.parse_args()

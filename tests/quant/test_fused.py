@@ -181,6 +181,15 @@ def trained_both_ways(network, spec, x):
         yield output, gradients
 
 
+def test_bounds_have_one_type():
+    """Whole numbers and floats are equal keys of a cache, and were kernels of their own."""
+    bounds = (
+        *fused._bounds(-8, 7, torch.device("cpu")),
+        *fused._bounds(-8.0, 0.0, torch.device("cpu")),
+    )
+    assert {bound.dtype for bound in bounds} == {torch.float32}
+
+
 def test_without_a_compiler_it_says_what_to_do(monkeypatch):
     def fails(kernel):
         raise RuntimeError("InvalidCxxCompiler: no working C++ compiler\nfound in g++")

@@ -300,4 +300,4 @@ def _bounds(low: float, high: float, device: torch.device) -> tuple[Tensor, Tens
 @cache
 def _number(value: float, device: torch.device) -> Tensor:
     """() on the device; a number in the kernel's code would compile it anew for each grid."""
-    return torch.tensor(value, device=device)
+    return torch.tensor(float(value), device=device)  # a whole number would be another kernel's
