@@ -12,12 +12,16 @@ TORCH ?= torch==2.13.0
 demo: $(VENV)/.installed
 	$(BIN)/sparkir distill demo
 
+# A process for each core, of one thread each; a file's tests stay together, for they share what
+# they export.
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses auto --dist loadfile
+
 test: $(VENV)/.installed
-	$(BIN)/python -m pytest -m "not slow"
+	$(PYTEST) -m "not slow"
 
 # With those that install packages, train for minutes or run published networks over whole sets.
 test-all: $(VENV)/.installed
-	$(BIN)/python -m pytest
+	$(PYTEST)
 
 check: $(VENV)/.installed
 	$(BIN)/ruff check .
