@@ -31,7 +31,7 @@ def user_module(monkeypatch):
 
 
 def test_every_available_network_can_be_built_and_carries_facts():
-    assert set(available()) == {"dncnn", "edsr", "edsr-baseline", "rfdn", "srcnn"}
+    assert set(available()) == {"dncnn", "edsr", "edsr-baseline", "mirnet", "rfdn", "srcnn"}
     for name, description in available().items():
         assert isinstance(build(name).facts, ModelFacts)
         assert description
@@ -51,7 +51,7 @@ def test_options_reach_the_network():
     [
         ("rfnd", {}, "did you mean 'rfdn'"),
         ("RFDN", {}, "did you mean 'rfdn'"),
-        ("zzz", {}, "known: dncnn, edsr, edsr-baseline, rfdn, srcnn"),
+        ("zzz", {}, "known: dncnn, edsr, edsr-baseline, mirnet, rfdn, srcnn"),
         ("rfdn", {"depth": 3}, "no option 'depth'; it has: scale, width, blocks, value_range"),
         ("rfdn", {"scale": 0}, "'scale' of network 'rfdn' must be a whole number >= 1, got 0"),
         ("rfdn", {"scale": 2.0}, "must be a whole number"),

@@ -13,6 +13,7 @@ from sparkir.errors import SparkirError
 from sparkir.models.dncnn import DnCNN
 from sparkir.models.edsr import EDSR
 from sparkir.models.facts import ModelFacts
+from sparkir.models.mirnet import MIRNet
 from sparkir.models.rfdn import RFDN
 from sparkir.models.srcnn import SRCNN
 
@@ -26,6 +27,7 @@ class _Entry:
 _ENTRIES: dict[str, _Entry] = {
     "dncnn": _Entry(DnCNN, "DnCNN, plain residual denoiser (TIP 2017)"),
     "edsr": _Entry(EDSR, "EDSR, deep residual super-resolution, 64 wide, 16 blocks (CVPRW 2017)"),
+    "mirnet": _Entry(MIRNet, "MIRNet, three resolutions with dual attention (ECCV 2020)"),
     "rfdn": _Entry(RFDN, "RFDN, light super-resolution with spatial attention (AIM 2020)"),
     "srcnn": _Entry(SRCNN, "SRCNN 9-5-5, bicubic and three convolutions (TPAMI 2016)"),
 }

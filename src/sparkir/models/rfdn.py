@@ -144,6 +144,7 @@ class RFDN(nn.Module):
             # Anchored, 12 px a block leave 0.04 levels, 16 leave 0.001.
             halo_px=16 * blocks if anchored else 4 * blocks + 3 + _POOLING_WINDOW_PX,
             tile_phase_px=_CELL_PX if anchored else 1,
+            exact_tiles=anchored,
         )
         self.fea_conv = nn.Conv2d(3, width, 3, padding=1)
         for name in self.block_names:

@@ -63,6 +63,17 @@ class Product(NamedTuple):
     b: Quantized
 
 
+class Average(NamedTuple):
+    """A mean over an image waiting for the grid of its result."""
+
+    ints: Tensor
+    """(B, C, H, W), what is averaged."""
+    scale: Tensor
+    zero: Tensor
+    count: int
+    """H * W."""
+
+
 _exact = ContextVar("exact", default=True)
 
 
@@ -86,7 +97,7 @@ def rounds_exactly() -> bool:
 
 _SMALLEST_ODD = 128
 
-Value = Tensor | Quantized | Accumulated | Sum | Product
+Value = Tensor | Quantized | Accumulated | Sum | Product | Average
 
 
 class _RoundToGrid(torch.autograd.Function):
@@ -234,11 +245,21 @@ def quantize(
                 return Quantized(_exact_product(value, scale, zero, low, high), scale, zero)
             a, b = value
             x, step, divide = a.ints * b.ints, (a.scale * b.scale) / used, False
+        case Average():
+            x, divide = _sums_over_image(value.ints), False
+            step = value.scale / (used * value.count)
         case _:
             x, step, divide = value, used, True
             shift = float(zero_level) if shift_reals else 0.0
     ints = round_to_grid(x, step, low=low, high=high, divide=divide, own=own, shift=shift)
     return Quantized(ints, scale, zero)
+
+
+def _sums_over_image(ints: Tensor) -> Tensor:
+    """(B, C, H, W) -> (B, C, 1, 1), exact, then rounded to float32 as an int32 would be."""
+    exact_px = 2**16  # of 8 bits each; beyond that a sum in float32 skips whole numbers
+    wide = torch.float64 if ints[0, 0].numel() > exact_px else None
+    return ints.sum((2, 3), keepdim=True, dtype=wide).to(ints.dtype)
 
 
 def _fma(a: Tensor, b: Tensor, c: Tensor) -> Tensor:
