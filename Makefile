@@ -2,16 +2,21 @@
 
 PYTHON ?= python3
 VENV := .venv
+DOCS_VENV := .venv-docs
 BIN := $(VENV)/bin
 # The CPU build of torch, where the machine offers one; otherwise pip would fetch gigabytes of CUDA.
 TORCH ?= torch==2.13.0
 
-.PHONY: demo test check format clean
+.PHONY: demo test test-all check format docs clean
 
 demo: $(VENV)/.installed
 	$(BIN)/sparkir distill demo
 
 test: $(VENV)/.installed
+	$(BIN)/python -m pytest -m "not slow"
+
+# With those that install packages, train for minutes or run published networks over whole sets.
+test-all: $(VENV)/.installed
 	$(BIN)/python -m pytest
 
 check: $(VENV)/.installed
@@ -19,9 +24,18 @@ check: $(VENV)/.installed
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
+# Minutes on one core; best on a machine that does nothing else.
+bench: $(VENV)/.installed
+	$(BIN)/python benchmarks/train_step.py --json records/training-speed/result.json
+
 format: $(VENV)/.installed
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
+
+# The site, in site/; a broken link or reference is an error.
+docs: $(VENV)/.installed $(DOCS_VENV)/.installed
+	$(BIN)/python docs/generate.py
+	NO_MKDOCS_2_WARNING=1 $(DOCS_VENV)/bin/mkdocs build --strict
 
 # requirements-dev.lock pins everything that the tests and the checks were last seen green with.
 $(VENV)/.installed: pyproject.toml requirements-dev.lock
@@ -32,5 +46,10 @@ $(VENV)/.installed: pyproject.toml requirements-dev.lock
 	$(BIN)/python -m pip install --quiet --no-deps --editable .
 	touch $@
 
+$(DOCS_VENV)/.installed: docs/requirements.txt
+	$(PYTHON) -m venv $(DOCS_VENV)
+	$(DOCS_VENV)/bin/python -m pip install --quiet --no-deps --requirement docs/requirements.txt
+	touch $@
+
 clean:
-	rm -rf $(VENV) build dist .pytest_cache .mypy_cache .ruff_cache
+	rm -rf $(VENV) $(DOCS_VENV) site build dist .pytest_cache .mypy_cache .ruff_cache

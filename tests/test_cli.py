@@ -80,7 +80,7 @@ OVERRIDES = {
     "unknown key in student": ("student.weight=x", ["did you mean 'student.weights'?"]),
     "wrong type": ("train.steps=many", ["train.steps = 'many'", "valid integer"]),
     "out of range": ("train.steps=0", ["train.steps = 0", "greater than or equal to 1"]),
-    "not one of the choices": ("metric=lpips", ["metric = 'lpips'", "'y' or 'rgb'"]),
+    "not one of the choices": ("metric=lpips", ["metric = 'lpips'", "'y', 'rgb' or 'grey'"]),
     "a section that is a value": ("train.steps.more=1", ["steps holds a value, not a section"]),
     "unknown weighting": ("weighting.name=sparc-paper", ["did you mean 'spark-paper'?"]),
     "unknown weighting option": (
@@ -271,7 +271,7 @@ def test_a_pair_of_different_sizes(refused, paired):
 
 
 def test_pairs_that_are_not_in_the_two_folders(refused, paired):
-    refused(*TO_RUN, "--data", "train", says=["cannot list train/input"])
+    refused(*TO_RUN, "--data", "train", says=["no pairs in train", "train/input", "train/target"])
 
 
 def test_a_test_image_too_small_to_measure_is_found_before_training(refused, project):
@@ -615,15 +615,16 @@ def test_ctrl_c_after_training_says_how_to_go_on(project, monkeypatch):
     assert (project / "my run" / "report.md").is_file()
 
 
-def test_a_first_ctrl_c_in_training_waits_for_the_step_and_a_second_does_not():
-    before = signal.getsignal(signal.SIGINT)
+@pytest.mark.parametrize("asked", [signal.SIGINT, signal.SIGTERM])
+def test_a_first_ctrl_c_in_training_waits_for_the_step_and_a_second_does_not(asked):
+    before = signal.getsignal(asked)
     with cli._display() as shown, shown.stoppable():
         shown({"kind": "stage", "name": "train QAT", "steps": 5})
-        signal.raise_signal(signal.SIGINT)
+        signal.raise_signal(asked)
         assert shown.stop
         with pytest.raises(KeyboardInterrupt):
-            signal.raise_signal(signal.SIGINT)
-    assert signal.getsignal(signal.SIGINT) is before
+            signal.raise_signal(asked)
+    assert signal.getsignal(asked) is before
 
 
 def test_ctrl_c_stops_at_once_where_there_is_no_step_to_wait_for():
@@ -633,6 +634,25 @@ def test_ctrl_c_stops_at_once_where_there_is_no_step_to_wait_for():
         with pytest.raises(KeyboardInterrupt):
             signal.raise_signal(signal.SIGINT)
         assert not shown.stop
+
+
+def test_a_comparison_has_a_bar_for_every_training_and_one_for_all(capsys):
+    with cli._display(cli._CellDisplay) as shown:
+        shown({"kind": "cells", "done": 1, "total": 3})
+        for cell in ("QAT, seed 0", "KD, seed 0"):
+            shown({"kind": "cell", "cell": cell, "steps": 8})
+            shown({"kind": "stage", "cell": cell, "name": "train QAT", "steps": 8})
+            shown({"kind": "stage", "cell": cell, "name": "teacher on 2 images", "steps": 2})
+            shown({"kind": "warning", "cell": cell, "message": "the same for both"})
+        shown({"kind": "step", "cell": "KD, seed 0", "step": 5, "loss": 0.5})
+        bars = {task.description: (task.completed, task.total) for task in shown.progress.tasks}
+        assert bars == {"comparison": (1, 3), "QAT, seed 0": (0, 8), "KD, seed 0": (5, 8)}
+        notes = [task.fields["note"] for task in shown.progress.tasks]
+        assert notes == ["", "teacher on 2 images", "loss 0.50000"]
+        shown({"kind": "cell_done", "cell": "QAT, seed 0", "failed": ""})
+        assert [task.completed for task in shown.progress.tasks] == [2, 5]
+        assert shown.training  # or a first Ctrl-C would not wait for the step
+    assert capsys.readouterr().err.count("the same for both") == 1
 
 
 # evaluate, restore, export --------------------------------------------------------------------
@@ -661,7 +681,7 @@ def test_evaluating_no_images(refused, project, data):
         ([*EDSR, "--option", "scale"], ["--option takes name=value"]),
         ([*EDSR, "--option", "scales=2"], ["no option 'scales'"]),
         ([*EDSR, "--option", "width=16"], ["teacher.safetensors are not of this network"]),
-        ([*EDSR, *OPTIONS, "--metric", "psnr"], ["--metric 'psnr'", "y or rgb"]),
+        ([*EDSR, *OPTIONS, "--metric", "psnr"], ["--metric 'psnr'", "y, rgb or grey"]),
     ],
 )
 def test_a_mistake_in_what_to_evaluate(refused, project, arguments, says):
@@ -885,7 +905,18 @@ COMMANDS = {
         "--set",
         "--resume",
     ],
-    "evaluate": ["MODEL", "--data", "--weights", "--option", "--metric", "--each"],
+    "compare": [
+        "RECIPE",
+        "--methods",
+        "--seeds",
+        "--baseline",
+        "--data",
+        "--test",
+        "--out",
+        "--jobs",
+        "--set",
+    ],
+    "evaluate": ["MODEL", "--data", "--weights", "--option", "--metric", "--each", "--set"],
     "restore": [
         "MODEL",
         "IN",
@@ -900,8 +931,9 @@ COMMANDS = {
     ],
     "export": ["RUN", "--format", "--out", "--data", "--allow-mismatch"],
     "bench": ["MODEL", "--size", "--repeats", "--threads", "--json"],
-    "check": ["RECIPE", "--set"],
+    "check": ["RECIPE", "--teacher", "--data", "--as", "--set"],
     "models": [],
+    "sets": ["NAME"],
     "recipes": ["NAME", "--weightings"],
 }
 
@@ -971,6 +1003,16 @@ def test_check_says_what_is_quantized_and_what_is_not(project):
 
 def test_check_finds_what_would_stop_the_run(refused):
     refused("check", "tiny.toml", "--set", "data.scale=3", says=["restores x2, but the data is x3"])
+
+
+def test_check_takes_the_shortcuts_of_distill(project):
+    (project / "other.safetensors").write_bytes((project / "teacher.safetensors").read_bytes())
+    (project / "teacher.safetensors").unlink()
+    (project / "train" / "b.png").unlink()
+    save_image(project / "more" / "x.png", photo(64, 64, 7))
+    said = call("check", "tiny.toml", "--teacher", "other.safetensors", "--data", "more")
+    assert said.code == 0, said
+    assert "training images: 1, test images: 2, x2; " in said.out
 
 
 # As a program ---------------------------------------------------------------------------------

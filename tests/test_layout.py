@@ -24,7 +24,8 @@ PATH = [
     "restore",
 ]
 # These stand above all folders and wire them.
-ABOVE = {"cli", "run", "recipe", "assemble", "measure", "export", "tools"}
+ABOVE = {"cli", "run", "recipe", "assemble", "measure", "export", "teacher", "tools"}
+ABOVE_ALL = "compare"  # a folder that stands above these, too
 
 
 def imports_of(file: Path) -> set[str]:
@@ -50,19 +51,48 @@ def test_a_folder_imports_only_from_above(folder):
 
 def test_the_path_names_every_folder():
     folders = {p.name for p in SOURCE.iterdir() if p.is_dir() and (p / "__init__.py").exists()}
-    assert folders == {*PATH, "recipes"}
-    assert {p.stem for p in SOURCE.glob("*.py")} == ABOVE | {"__init__", "errors"}
+    assert folders == {*PATH, "recipes", ABOVE_ALL}
+    assert {p.stem for p in SOURCE.glob("*.py")} == ABOVE | {"__init__", "__main__", "errors"}
+
+
+def test_only_the_command_line_knows_the_comparison():
+    files = [file for file in SOURCE.rglob("*.py") if file.parent.name != ABOVE_ALL]
+    assert [file.name for file in files if ABOVE_ALL in imports_of(file)] == ["cli.py"]
 
 
 def test_spark_knows_nothing_of_the_other_folders():
     for file in (SOURCE / "spark").glob("*.py"):
-        assert imports_of(file) <= {"spark"}, file.name
+        assert imports_of(file) <= {"spark", "errors"}, file.name
 
 
 def test_public_names():
-    assert sparkir.__all__ == ["SparkirError", "__version__"]
+    assert sparkir.__all__ == ["Spark", "SparkirError", "__version__"]
     for name in sparkir.__all__:
         assert hasattr(sparkir, name)
+    with pytest.raises(AttributeError, match="no attribute 'spork'"):
+        _ = sparkir.spork
+
+
+def test_spark_needs_torch_alone_and_imports_quickly():
+    """In an interpreter of its own, which has imported torch already."""
+    unwanted = {"pydantic", "onnx", "onnxruntime", "PIL", "safetensors", "typer", "rich", "skimage"}
+    code = (
+        "import sys, time, torch; began = time.process_time(); from sparkir import Spark; "
+        "took_s = time.process_time() - began; Spark; "
+        f"found = {unwanted} & sys.modules.keys(); "
+        "found |= {n for n in sys.modules if n.startswith('sparkir.') "
+        "and not n.startswith('sparkir.spark') and n != 'sparkir.errors'}; "
+        "sys.exit(f'{took_s:.2f} s, {found}' if took_s > 0.3 or found else 0)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+
+
+def test_importing_the_package_imports_nothing_heavy():
+    code = (
+        "import sys, sparkir; sys.exit(bool({'torch', 'numpy', 'jaxtyping'} & sys.modules.keys()))"
+    )
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
 
 
 def test_only_the_command_line_prints():

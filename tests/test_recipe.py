@@ -208,6 +208,9 @@ class TestMissingAndWrong:
             ("quant.learned", "ls"),
             ("distill.norm", "l2"),
             ("distill.strength", 0),
+            ("distill.strength", -1),
+            ("distill.method", "fitnets"),
+            ("distill.feature_strength", 0),
             ("distill.target", "student"),
             ("train.steps", 0),
             ("train.steps", 1.5),
@@ -279,6 +282,12 @@ class TestInconsistent:
                 'student.weights = "teacher" needs a [teacher]',
             ),
             ({"data.scale": None}, "bicubic needs data.scale = 2, 3, 4 or 8"),
+            (
+                {"distill.method": "fitnet", "distill.target": "truth"},
+                'the truth has none of; target = "truth" goes with method = "kd"',
+            ),
+            ({"distill.feature_strength": 0.1}, 'method = "kd" has none'),
+            ({"distill.encoder": "a.b:c"}, 'encoder goes with method = "dckd"'),
         ],
     )
     def test_message_says_what_to_do(self, change, fix):
@@ -289,6 +298,10 @@ class TestInconsistent:
     @pytest.mark.parametrize("degradation", ["noise", "jpeg"])
     def test_scale_without_a_change_of_size(self, degradation):
         assert "data.scale" in message_of({"data.degradation": degradation})
+
+    def test_features_may_be_all_that_is_imitated(self):
+        change = {"distill.method": "fitnet", "distill.strength": 0}
+        assert from_values(changed(change), "mine.toml").distill.strength == 0
 
     def test_parts_that_may_be_missing(self, write):
         recipe = load(write(MINIMAL))

@@ -199,6 +199,54 @@ def test_spark_costs_nothing_at_inference(finished, project):
     assert sizes[0] == sizes[1]
 
 
+def test_a_projection_is_trained_kept_and_no_part_of_the_student(finished, project):
+    """Features of a narrower student: the checkpoint has the projection, the network has not."""
+    changes = {
+        "distill": {"method": "fitnet", "norm": "l1"},
+        "student.options": {"width": 4, "blocks": 1, "scale": 2},
+        "student.weights": "",
+        "train.steps": 2,
+    }
+    made = recipe.load(write_recipe(project / "fitnet.toml", changes))
+    trained = train_student(made, gather(made), Path("fitnet"))
+    saved = torch.load("fitnet/last.pt", weights_only=True)
+    assert saved["method"]["projections.0.weight"].shape == (8, 4, 1, 1)
+    assert not any("projections" in name for name in trained.student.state_dict())
+    moments = saved["optimizer"]["state"].values()
+    assert (8, 4, 1, 1) in {tuple(m["exp_avg"].shape) for m in moments}
+    nodes = to_onnx(freeze(trained.student)).graph.node
+    assert len(nodes) == len(to_onnx(finished.frozen).graph.node)
+
+
+def test_the_report_says_what_a_method_looked_with(project):
+    """The method's result depends on its encoder, which its name does not tell."""
+    changes = {"distill.method": "dckd", "train.steps": 1, "baselines": []}
+    write_recipe(project / "dckd.toml", changes, without=["quant", "weighting"])
+    said = call("distill", "dckd.toml", "--out", "run")
+    assert said.code == 0, said
+    (event,) = [e for e in read_events(project / "run/events.jsonl") if e["kind"] == "method"]
+    assert "fixed random convolutions of 5 levels (no VQGAN)" in event["remark"]
+    assert event["remark"] in said.text
+    assert f"{event['remark']}.\n" in (project / "run/report.md").read_text()
+    assert report_of(project / "run")["remark"] == event["remark"]
+
+
+def test_networks_that_a_method_cannot_compare_are_refused_before_training(project):
+    (project / "bare.py").write_text(
+        "from torch import nn\nfrom sparkir.models.facts import ModelFacts\n"
+        "def bare():\n    network = nn.Upsample(scale_factor=2)\n"
+        "    network.facts = ModelFacts(name='bare', scale=2, channels=3, value_range=1.0,"
+        " taps=(), halo_px=1)\n    return network\n"
+    )
+    changes = {"distill.method": "fitnet", "student.model": "bare:bare", "student.options": {}}
+    changes |= {"student.weights": ""}
+    made = recipe.load(write_recipe(project / "bare.toml", changes))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(str(project))
+        with pytest.raises(SparkirError, match=r"the student bare names no features .* \"kd\""):
+            gather(made)
+
+
 def test_export_writes_the_same_file_again(finished, project):
     said = call("export", finished.folder, "--out", "again.onnx", "--data", project / "test")
     assert said.code == 0, said
@@ -501,6 +549,8 @@ def test_a_baseline_that_is_the_recipe_itself_is_not_trained_twice(project, monk
         ([], {}, "SPARK (paper)"),
         (["weighting"], {}, "QAT + KD"),
         ([], {"weighting": {"name": "confidence"}}, "QAT + KD, confidence"),
+        (["weighting"], {"distill": {"method": "fitnet"}}, "QAT + FitNet"),
+        ([], {"distill": {"method": "fitnet"}}, "SPARK (paper) on FitNet"),
         (["weighting", "distill"], {}, "QAT"),
         (["weighting", "distill", "quant"], {}, "float"),
     ],

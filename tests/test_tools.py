@@ -228,7 +228,7 @@ def test_a_grey_network_cannot_be_trained_on_colour(project):
         "student.options": {"depth": 3, "width": 8},
     }
     write_recipe(project / "grey.toml", changes, without=IN_FLOAT)
-    with pytest.raises(SparkirError, match=r"1-channel images, but training is on RGB; .*channels"):
+    with pytest.raises(SparkirError, match=r"restores grey images, .*set data.channels = 1"):
         assemble.gather(recipe.load("grey.toml"))
 
 

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import hashlib
 import inspect
 import json
 import os
+import re
 import textwrap
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -15,25 +17,30 @@ from typing import Any, Literal, cast
 import torch
 from torch import Tensor, nn
 
+from sparkir.data.catalog import CATALOG
 from sparkir.data.degrade import BicubicDownscale, Degradation, GaussianNoise, JpegCompression
-from sparkir.data.images import find_images
+from sparkir.data.layouts import Split, clean_images, pair_files, part_of
 from sparkir.data.pairs import PairStore, PatchSampler
 from sparkir.data.photographs import photographs
+from sparkir.distill.method import Setting
+from sparkir.distill.methods import method
+from sparkir.distill.task import DistillationTask
 from sparkir.errors import SparkirError
 from sparkir.evaluate.infer import device_of, evaluating
 from sparkir.evaluate.metrics import Convention, ssim
 from sparkir.models.checkpoint import load_weights, read_metadata, read_weights, save_weights
-from sparkir.models.facts import facts_of
+from sparkir.models.facts import as_seen, facts_of
 from sparkir.models.registry import build
 from sparkir.quant.calibrate import calibrate
 from sparkir.quant.prepare import prepare
 from sparkir.quant.spec import QuantSpec
-from sparkir.recipe import Data, Network, Recipe, WeightingChoice, from_values
+from sparkir.recipe import Data, Network, Recipe, WeightingChoice, from_values, shipped
 from sparkir.spark.weighting import Weighting, weighting
 
 Report = Callable[[dict[str, Any]], None]
 _CALIBRATION_SEED = 7_919
 _TRIAL_PX = 24
+_OF_A_RUN = re.compile(r"runs/([\w-]+)/student\.safetensors")
 
 
 def silent(event: dict[str, Any]) -> None:
@@ -46,8 +53,14 @@ def cache_folder() -> Path:
     return Path(base)
 
 
-def open_pairs(data: Data, where: str, report: Report = silent) -> PairStore:
-    """The image pairs of `where`, which is `data.train`, `data.test` or another folder."""
+def open_pairs(
+    data: Data, where: str, report: Report = silent, *, split: Split = "test"
+) -> PairStore:
+    """The image pairs of `where`, which is `data.train`, `data.test` or another folder.
+
+    `split` says what they are for: where in a known set's folder they lie, and how test images
+    are degraded.
+    """
 
     def progress(done: int, total: int) -> None:
         report({"kind": "decoding", "done": done, "total": total})
@@ -55,26 +68,42 @@ def open_pairs(data: Data, where: str, report: Report = silent) -> PairStore:
     options: dict[str, Any] = {
         "cache": cache_folder(),
         "skip_broken": data.skip_broken,
+        "grey": data.channels == 1,
         "progress": progress,
     }
+    _require_here(where, split)
     if data.degradation == "pairs":
-        folder = Path(where)
-        pairs = PairStore.from_folders(
-            folder / "input", folder / "target", scale=data.scale, **options
-        )
+        files = pair_files(_folder_of(where, split), split)
+        pairs = PairStore.from_files(files, scale=data.scale, **options)
     else:
-        paths = _image_paths(where)
-        pairs = PairStore.from_images(paths, degradation_of(data), **options)
+        degradation = degradation_of(data.as_tested() if split == "test" else data)
+        pairs = PairStore.from_images(_image_paths(where, split), degradation, **options)
     for message in pairs.skipped:
         report({"kind": "warning", "message": message})
     return pairs
 
 
-def _image_paths(where: str) -> list[Path]:
-    scheme, _, split = where.partition(":")
-    if scheme == "photographs" and split in ("train", "test"):
-        return photographs(cast("Literal['train', 'test']", split))
-    return find_images(Path(where))
+def _image_paths(where: str, split: Split) -> list[Path]:
+    scheme, _, part = where.partition(":")
+    if scheme == "photographs" and part in ("train", "test"):
+        return photographs(cast("Split", part))
+    return clean_images(_folder_of(where, split))
+
+
+def _require_here(where: str, split: Split) -> None:
+    """Say where a known set is to be had, if it is named and not here."""
+    known = next((known for known in CATALOG if known.name == where), None)
+    if known is not None and not Path(where).exists():
+        raise SparkirError(
+            f"there is no folder {where} here; get {known.name} from {known.source} (terms: "
+            f"{known.terms}), or take images of your own: give the folder with --data DIR, or "
+            f"--set data.{split}=DIR"
+        )
+
+
+def _folder_of(where: str, split: Split) -> Path:
+    """Where in a folder the images for a purpose lie; the folder itself if that is unknown."""
+    return part_of(Path(where), split) or Path(where)
 
 
 def degradation_of(data: Data) -> Degradation:
@@ -95,7 +124,7 @@ def convention_of(recipe: Recipe) -> Convention:
     return convention(recipe.metric, recipe.data.scale)
 
 
-def convention(space: Literal["y", "rgb"], scale: int) -> Convention:
+def convention(space: Literal["y", "rgb", "grey"], scale: int) -> Convention:
     """The field's habit: super-resolution on luma leaves a border of `scale` px out."""
     return Convention(space=space, crop_px=scale if space == "y" and scale > 1 else 0)
 
@@ -139,8 +168,9 @@ def build_student(recipe: Recipe, teacher: nn.Module | None) -> nn.Module:
 def quantize_student(student: nn.Module, spec: QuantSpec, crops: list[Tensor]) -> nn.Module:
     """The student with its grids in place, set by `crops` (B, C, H, W) in [0, 1]."""
     prepared = prepare(student, spec)
-    device, white = device_of(student), facts_of(student).value_range
-    calibrate(prepared, (crop.to(device) * white for crop in crops), method=spec.calibration)
+    device, facts = device_of(student), facts_of(student)
+    seen = (as_seen(crop.to(device), facts) * facts.value_range for crop in crops)
+    calibrate(prepared, seen, method=spec.calibration)
     return prepared
 
 
@@ -206,6 +236,36 @@ class Materials:
     crops: list[Tensor]
 
 
+def task_of(
+    recipe: Recipe, student: nn.Module, source: Weighting, materials: Materials
+) -> DistillationTask:
+    """The losses of a recipe: its student under its teacher, by its method and weighting.
+
+    Raises:
+        SparkirError: the method cannot compare these two networks.
+    """
+    if recipe.distill is None:
+        return DistillationTask(student, weighting=source)
+    assert materials.teacher is not None
+    setting = Setting(
+        student=student,
+        teacher=materials.teacher,
+        examples=materials.crops,
+        steps=recipe.train.steps,
+    )
+    choice = recipe.distill
+    options = {"encoder": choice.encoder} if choice.encoder else {}
+    return DistillationTask(
+        student,
+        materials.teacher,
+        weighting=source,
+        method=method(choice.method, setting, factor=choice.feature_strength, **options),
+        norm=choice.norm,
+        strength=choice.strength,
+        target=choice.target,
+    )
+
+
 def gather(recipe: Recipe, report: Report = silent) -> Materials:
     """Build the networks, open the data, and make sure that they fit.
 
@@ -213,51 +273,88 @@ def gather(recipe: Recipe, report: Report = silent) -> Materials:
         SparkirError: whatever would stop the run later, as far as it can be known now.
     """
     weighting_of(recipe.weighting)
-    if recipe.teacher is not None and not recipe.teacher.weights:
-        raise SparkirError(
-            "the teacher has no weights; set teacher.weights, or give --teacher FILE"
-        )
+    _require_weights(recipe)
     device = device_for(recipe)
     teacher = None if recipe.teacher is None else build_network(recipe.teacher).eval()
     student = build_student(recipe, teacher).to(device)
     for role, network in (("teacher", teacher), ("student", student)):
         if network is not None:
             _require_fit(role, network.to(device), recipe.data.scale)
-    train_pairs = open_pairs(recipe.data, recipe.data.train, report)
+    _require_channels(recipe.data, student, teacher)
+    train_pairs = open_pairs(recipe.data, recipe.data.train, report, split="train")
     test_pairs = open_pairs(recipe.data, recipe.data.test, report)
-    _require_measurable(test_pairs, convention_of(recipe))
-    crops = calibration_crops(train_pairs, recipe)
-    return Materials(
-        train=train_pairs, test=test_pairs, teacher=teacher, student=student, crops=crops
+    require_measurable(test_pairs, convention_of(recipe))
+    materials = Materials(
+        train=train_pairs,
+        test=test_pairs,
+        teacher=teacher,
+        student=student,
+        crops=calibration_crops(train_pairs, recipe),
     )
+    task_of(recipe, student, weighting_of(recipe.weighting), materials)
+    return materials
+
+
+def _require_weights(recipe: Recipe) -> None:
+    """Stop now if weights are not there, and say how they come about where that is known."""
+    if recipe.teacher is not None and not recipe.teacher.weights:
+        raise SparkirError(
+            "the teacher has no weights; set teacher.weights, or give --teacher FILE"
+        )
+    for role, network in (("teacher", recipe.teacher), ("student", recipe.student)):
+        made_by = _OF_A_RUN.fullmatch("" if network is None else network.weights)
+        if made_by and made_by[1] in shipped() and not Path(made_by[0]).exists():
+            raise SparkirError(
+                f"no weights for the {role} at {made_by[0]} yet; make them with "
+                f"`sparkir distill {made_by[1]}`, or set {role}.weights"
+            )
 
 
 @torch.no_grad()
 def _require_fit(role: str, network: nn.Module, scale: int) -> None:
-    """Stop now if the network could not be trained on RGB images of this scale."""
+    """Stop now if the network could not be trained on images of this scale."""
     facts = facts_of(network)
     if facts.scale != scale:
         raise SparkirError(
             f"the {role} restores x{facts.scale}, but the data is x{scale}; "
             f"set {role}.options.scale or data.scale"
         )
-    if facts.channels != 3:
-        raise SparkirError(
-            f"the {role} {facts.name} restores {facts.channels}-channel images, but training is "
-            f"on RGB; set {role}.options.channels = 3 or choose another network"
-        )
     side = -(-max(_TRIAL_PX, facts.min_size_px) // facts.size_multiple) * facts.size_multiple
+    given, expected = ((1, facts.channels, size, size) for size in (side, scale * side))
     with evaluating(network):
-        output = network(torch.zeros(1, 3, side, side, device=device_of(network)))
+        output = network(torch.zeros(given, device=device_of(network)))
     shape = tuple(output.shape) if isinstance(output, Tensor) else type(output).__name__
-    if shape != (1, 3, scale * side, scale * side):
+    if shape != expected:
         raise SparkirError(
-            f"the {role} {facts.name} returns {shape} for an image (1, 3, {side}, {side}); it must "
-            f"return one tensor, the restored image (1, 3, {scale * side}, {scale * side})"
+            f"the {role} {facts.name} returns {shape} for an image {given}; it must return one "
+            f"tensor, the restored image {expected}"
         )
 
 
-def _require_measurable(pairs: PairStore, convention: Convention) -> None:
+def _require_channels(data: Data, student: nn.Module, teacher: nn.Module | None) -> None:
+    """Stop now if student, teacher and data do not agree on what a channel is."""
+    own = facts_of(student)
+    if data.channels == 1 and own.channels == 3:
+        raise SparkirError(
+            f"data.channels = 1 makes the images grey, but the student {own.name} restores RGB; "
+            "set student.options.channels = 1, or leave data.channels out"
+        )
+    if data.channels == 3 and own.channels == 1 and data.degradation == "noise":
+        raise SparkirError(
+            f"the student {own.name} restores grey images, and the luma of coloured noise is "
+            "weaker than the noise; set data.channels = 1, or student.options.channels = 3"
+        )
+    if teacher is None or facts_of(teacher).channels == 3:
+        return
+    theirs = facts_of(teacher)
+    if (own.channels, own.luma_range) != (1, theirs.luma_range):
+        raise SparkirError(
+            f"the teacher {theirs.name} restores luma of {theirs.luma_range} range, which the "
+            f"student {own.name} does not; choose networks that restore the same"
+        )
+
+
+def require_measurable(pairs: PairStore, convention: Convention) -> None:
     """Stop now if the smallest image leaves nothing to measure."""
     smallest = min(range(len(pairs)), key=lambda index: min(pairs.lq_size(index)))
     _, gt = pairs.pair(smallest)
@@ -267,6 +364,22 @@ def _require_measurable(pairs: PairStore, convention: Convention) -> None:
         raise SparkirError(
             f"test image {pairs.names[smallest]}: {error}; remove it or take a larger one"
         ) from error
+
+
+def network_hash(network: nn.Module) -> str:
+    """A hash of a network's facts, its modules and their settings, and all its numbers."""
+    known = hashlib.sha256(repr((facts_of(network), str(network))).encode())
+    for name, module in network.named_modules():
+        settings = [
+            f"{name}.{key}={value}"
+            for key, value in sorted(vars(module).items())
+            if isinstance(value, bool | int | float | str) and key != "training"
+        ]
+        known.update("\n".join(settings).encode())
+    for name, tensor in sorted(network.state_dict().items()):
+        known.update(name.encode())
+        known.update(tensor.detach().cpu().flatten().contiguous().view(torch.uint8).numpy())
+    return known.hexdigest()[:16]
 
 
 def save_student(recipe: Recipe, student: nn.Module, path: Path) -> None:

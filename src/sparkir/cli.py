@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import shlex
 import signal
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING, Annotated, Any
@@ -32,10 +33,12 @@ from rich.table import Table
 from sparkir.errors import SparkirError
 
 if TYPE_CHECKING:
+    from sparkir.compare.tabulate import Comparison
     from sparkir.deploy.results import Benchmark
     from sparkir.recipe import Recipe
     from sparkir.restore.network import Restorer
     from sparkir.run import Outcome
+    from sparkir.train.distribute import Devices
 
 app = typer.Typer(
     name="sparkir",
@@ -45,6 +48,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     rich_markup_mode="rich",
 )
+_STOP = (signal.SIGINT, signal.SIGTERM)  # the latter from torchrun and from job schedulers
 out, err = Console(emoji=False), Console(stderr=True, emoji=False)
 
 RecipeName = Annotated[str, typer.Argument(help="A recipe file, or a name from `sparkir recipes`.")]
@@ -69,6 +73,8 @@ Options = Annotated[
 
 def main() -> None:
     """Run a command; a user's mistake is one line and exit code 1."""
+    if "TORCHELASTIC_RUN_ID" in os.environ:  # torchrun's: one process speaks for all
+        out.quiet = err.quiet = os.environ["RANK"] != "0"
     try:
         app()
     except SparkirError as error:
@@ -95,10 +101,14 @@ def distill(
 ) -> None:
     """Train a quantized student under its teacher, measure it, and export it."""
     from sparkir import run
+    from sparkir.train.distribute import start
     from sparkir.train.loop import Interrupted
 
     changes = [*_shortcuts(teacher, student, bits, data), *(overrides or ())]
     chosen = _load(recipe, changes)
+    devices = start(chosen.train.device)
+    if not devices.first:
+        return _assist(chosen, devices)
     folder = out_folder or _default_folder(chosen.name, resume=resume)
     _say(f"[bold]{escape(chosen.name)}[/]: {escape(chosen.description)}")
     _say(
@@ -113,6 +123,7 @@ def distill(
                 resume=resume,
                 report=shown,
                 stop_requested=lambda: shown.stop,
+                devices=devices,
             )
         except (Interrupted, KeyboardInterrupt) as error:
             if not (folder / "recipe.toml").is_file():
@@ -123,20 +134,101 @@ def distill(
             _say(f"{what}; go on with {escape(command)}", to=err)
             sys.exit(130)
     _print_outcome(outcome)
+    return None
+
+
+def _assist(recipe: Recipe, devices: Devices) -> None:
+    """Be one of the processes that do not speak."""
+    from sparkir import run
+    from sparkir.train.loop import Interrupted
+
+    err.quiet = False  # from here on it may meet errors that the first does not
+    with _display() as shown, shown.stoppable(), suppress(Interrupted, KeyboardInterrupt):
+        run.assist(recipe, report=shown, stop_requested=lambda: shown.stop, devices=devices)
+
+
+@app.command()
+def compare(
+    recipe: RecipeName,
+    methods: Annotated[
+        str | None,
+        typer.Option(
+            help="As in ptq,qat,kd,spark-paper, or all. "
+            "Default: the rows that a claim about quality needs."
+        ),
+    ] = None,
+    seeds: Annotated[int, typer.Option(help="How many; the first is the recipe's.")] = 1,
+    baseline: Annotated[str, typer.Option(help="What differences are taken to.")] = "qat",
+    data: Annotated[
+        Path | None,
+        typer.Option(help="Training images; with folders train/ and test/ inside, both."),
+    ] = None,
+    test: Annotated[
+        list[str] | None,
+        typer.Option(metavar="NAME=DIR", help="One more test set. May be repeated."),
+    ] = None,
+    out_folder: Annotated[
+        Path | None, typer.Option("--out", help="Default: runs/compare-NAME.")
+    ] = None,
+    jobs: Annotated[
+        int, typer.Option(help="Trainings at the same time; they share the cores.")
+    ] = 1,
+    overrides: Overrides = None,
+) -> None:
+    """Train many methods from one start, score them side by side, and say how sure that is.
+
+    Given again, the command goes on where it was interrupted, and adds what is new: methods, seeds,
+    test sets. What is finished is taken as it is.
+    """
+    from sparkir.compare.comparison import compare as carry_out
+    from sparkir.compare.methods import choose
+    from sparkir.train.loop import Interrupted
+
+    chosen = _load(recipe, [*_shortcuts(None, None, None, data), *(overrides or ())])
+    rows = choose(methods, chosen)
+    folder = out_folder or Path("runs") / f"compare-{chosen.name}"
+    _say(f"[bold]{escape(chosen.name)}[/]: {escape(', '.join(row.name for row in rows))}")
+    _say(f"folder [bold]{escape(str(folder))}[/]; Ctrl-C stops after the step, to be gone on with")
+    with _display(_CellDisplay) as shown, shown.stoppable():
+        try:
+            comparison = carry_out(
+                chosen,
+                folder,
+                methods=rows,
+                seeds=seeds,
+                baseline=baseline,
+                more_sets=test or (),
+                jobs=jobs,
+                report=shown,
+                stop_requested=lambda: shown.stop,
+            )
+        except (Interrupted, KeyboardInterrupt) as error:
+            if not (folder / "recipe.toml").is_file():
+                raise
+            shown.finish()
+            what = "stopped and saved" if isinstance(error, Interrupted) else "stopped"
+            where = shlex.quote(str(folder))
+            _say(f"{what} in {escape(where)}; go on with the same command", to=err)
+            sys.exit(130)
+    _print_comparison(comparison)
 
 
 @app.command()
 def evaluate(
     model: Model,
     data: Annotated[
-        str, typer.Option(help="Folder of clean images, or of input/ and target/ pairs.")
+        str, typer.Option(help="Folder of clean images, or of pairs, or a known set's.")
     ],
     weights: Weights = None,
     option: Options = None,
     metric: Annotated[
-        str | None, typer.Option(help="y (border of scale px cropped) or rgb (whole).")
+        str | None, typer.Option(help="y (border of scale px cropped), rgb or grey (whole).")
     ] = None,
     each: Annotated[bool, typer.Option(help="Also print every image.")] = False,
+    overrides: Annotated[
+        list[str] | None,
+        typer.Option("--set", help="Change a key of data, such as data.test_sigma=50."),
+    ] = None,
 ) -> None:
     """Measure PSNR and SSIM on a folder of images."""
     from sparkir.evaluate import benchmark
@@ -144,7 +236,7 @@ def evaluate(
 
     opened = open_model(model, weights, _parse_options(option))
     with _display() as shown:
-        pairs, convention = evaluation_setup(opened, data, metric, shown)
+        pairs, convention = evaluation_setup(opened, data, metric, shown, overrides or ())
         scores = benchmark.evaluate(opened.network, pairs, convention)
     _say(escape(f"{opened.label}: {convention.label}; SSIM alike"))
     table = Table("image", "PSNR dB", "SSIM")
@@ -282,15 +374,51 @@ def bench(
 
 
 @app.command()
-def check(recipe: RecipeName, overrides: Overrides = None) -> None:
-    """Read everything a recipe names, build its networks, and say what would be quantized."""
+def check(
+    recipe: Annotated[
+        str | None, typer.Argument(help="A recipe file, or a name from `sparkir recipes`.")
+    ] = None,
+    teacher: Annotated[Path | None, typer.Option(help="The teacher's checkpoint.")] = None,
+    data: Annotated[
+        Path | None,
+        typer.Option(help="As of `distill`; without RECIPE, a folder that holds a known set."),
+    ] = None,
+    known: Annotated[
+        str | None, typer.Option("--as", help="The set that --data should be; see `sparkir sets`.")
+    ] = None,
+    overrides: Overrides = None,
+) -> None:
+    """Read everything a recipe names, build its networks, and say what would be quantized.
+
+    Without a recipe, compare the folder --data with the known set that it should be.
+    """
     from sparkir.tools import check_recipe
 
+    if recipe is None:
+        _check_folder(data, known)
+        return
+    if known is not None:
+        raise SparkirError("--as is for checking a folder alone; leave out RECIPE, or --as")
+    changes = [*_shortcuts(teacher, None, None, data), *(overrides or ())]
     with _display() as shown:
-        findings = check_recipe(_load(recipe, overrides or ()), shown)
+        findings = check_recipe(_load(recipe, changes), shown)
     for finding in findings:
         _say(escape(finding))
     _say("[green]ready[/]")
+
+
+def _check_folder(folder: Path | None, known: str | None) -> None:
+    from sparkir.tools import check_folder
+
+    if folder is None:
+        raise SparkirError("say what to check: a RECIPE, or a folder with --data DIR")
+    findings, whole = check_folder(folder, known)
+    for finding in findings:
+        _say(escape(finding))
+    if not whole:
+        _say("[yellow]not what its authors distribute[/]", to=err)
+        sys.exit(1)
+    _say("[green]complete[/]")
 
 
 @app.command()
@@ -302,15 +430,39 @@ def models() -> None:
 
 
 @app.command()
+def sets(
+    name: Annotated[str | None, typer.Argument(help="Say everything about this one.")] = None,
+) -> None:
+    """List the known sets of images: what they hold, where they are, on what terms."""
+    from sparkir.data.catalog import CATALOG, known_set
+
+    if name is None:
+        held = {k.name: ", ".join(f"{p.split} {p.label}" for p in k.parts) for k in CATALOG}
+        _print_names({k.name: f"{k.task}: {held[k.name]}" for k in CATALOG})
+        return
+    one = known_set(name)
+    _say(f"[bold]{escape(one.name)}[/], for {escape(one.task)}")
+    for part in one.parts:
+        _say(escape(f"{part.split}: {part.label}; {part.where}"))
+    _say(escape(f"from {one.source}"))
+    _say(escape(f"terms: {one.terms}"))
+    if one.notes:
+        _say(escape(f"note: {one.notes}"))
+
+
+@app.command()
 def recipes(
     name: Annotated[str | None, typer.Argument(help="Print this one in full, as TOML.")] = None,
     weightings: Annotated[bool, typer.Option(help="List the sources of weight maps.")] = False,
+    schema: Annotated[bool, typer.Option(help="Print the JSON schema, for editors.")] = False,
 ) -> None:
     """List the shipped recipes, or print one."""
     from sparkir import recipe
     from sparkir.spark import weighting
 
-    if weightings:
+    if schema:
+        _say(escape(json.dumps(recipe.json_schema(), indent=1)))
+    elif weightings:
         _print_names(weighting.described())
     elif name is None:
         _print_names(recipe.shipped())
@@ -342,12 +494,19 @@ def _shortcuts(
         yield f"quant.weight_bits={found[1]}"
         yield f"quant.activation_bits={found[2]}"
     if data is not None:
-        parts = [data / split for split in ("train", "test")]
-        if all(part.is_dir() for part in parts):
-            yield f"data.train={_quoted(parts[0])}"
-            yield f"data.test={_quoted(parts[1])}"
-        else:
-            yield f"data.train={_quoted(data)}"
+        yield from _data_shortcut(data)
+
+
+def _data_shortcut(data: Path) -> Iterator[str]:
+    """`--data`: both parts, if the folder has a part for each; else it is for training."""
+    from sparkir.data.layouts import SPLITS, part_of
+
+    parts = [data / "train", data / "test"]
+    found = parts if all(p.is_dir() for p in parts) else [part_of(data, s) for s in SPLITS]
+    train, test = found
+    yield f"data.train={_quoted(train or data)}"
+    if train is not None and test not in (None, train):
+        yield f"data.test={_quoted(test)}"
 
 
 def _quoted(text: str | Path) -> str:
@@ -417,6 +576,9 @@ class _Display:
     def _on_decoding(self, event: dict[str, Any]) -> None:
         self._show("reading images", event["done"], event["total"])
 
+    def _on_teacher(self, event: dict[str, Any]) -> None:
+        self._show(None, event["done"], event["total"])
+
     def _on_stage(self, event: dict[str, Any]) -> None:
         self.finish()
         self.psnr = ""
@@ -464,22 +626,83 @@ class _Display:
 
     @contextmanager
     def stoppable(self) -> Iterator[None]:
-        """While training, a first Ctrl-C asks for a stop after the step; a second one insists."""
+        """While training, a first Ctrl-C or SIGTERM asks for a stop after the step.
+
+        A second one insists.
+        """
 
         def handle(number: int, frame: FrameType | None) -> None:
             if self.stop or not self.training:
                 raise KeyboardInterrupt
             self.stop = True
 
-        before = signal.signal(signal.SIGINT, handle)
+        before = {number: signal.signal(number, handle) for number in _STOP}
         try:
             yield
         finally:
-            signal.signal(signal.SIGINT, before)
+            for number, handler in before.items():
+                signal.signal(number, handler)
+
+
+class _CellDisplay(_Display):
+    """The same for many trainings, perhaps several at once: a bar for each, and one for all."""
+
+    def __init__(self, progress: Progress) -> None:
+        super().__init__(progress)
+        self.cells: dict[str, TaskID] = {}
+        self.overall: TaskID | None = None
+        self.warned: set[str] = set()
+
+    def _on_cells(self, event: dict[str, Any]) -> None:
+        self.finish()
+        self.training = True
+        self.overall = self.progress.add_task(
+            "comparison", completed=event["done"], total=event["total"], note=""
+        )
+
+    def _on_cell(self, event: dict[str, Any]) -> None:
+        name = escape(event["cell"])
+        self.cells[event["cell"]] = self.progress.add_task(name, total=event["steps"], note="")
+
+    def _on_stage(self, event: dict[str, Any]) -> None:
+        if not event["name"].startswith("train"):  # which is what the bar is of
+            self._note(event, event["name"])
+
+    def _on_teacher(self, event: dict[str, Any]) -> None:
+        self._note(event, f"teacher on image {event['done']} of {event['total']}")
+
+    def _on_resumed(self, event: dict[str, Any]) -> None:
+        self._note(event, "", completed=event["step"])
+
+    def _on_step(self, event: dict[str, Any]) -> None:
+        self._note(event, f"loss {event['loss']:.5f}", completed=event["step"])
+
+    def _on_evaluation(self, event: dict[str, Any]) -> None:
+        self._note(event, f"PSNR {event['psnr_db']:.2f} dB")
+
+    def _on_scoring(self, event: dict[str, Any]) -> None:
+        self._note(event, f"scoring {event['set']}")
+
+    def _on_warning(self, event: dict[str, Any]) -> None:
+        if event["message"] not in self.warned:  # by the same thing in another cell
+            self.warned.add(event["message"])
+            super()._on_warning(event)
+
+    def _note(self, event: dict[str, Any], note: str, completed: int | None = None) -> None:
+        task = self.cells.get(event.get("cell", ""))
+        if task is not None:
+            self.progress.update(task, note=escape(note), completed=completed)
+
+    def _on_cell_done(self, event: dict[str, Any]) -> None:
+        self.progress.remove_task(self.cells.pop(event["cell"]))
+        if self.overall is not None:
+            self.progress.advance(self.overall)
+        if event["failed"]:
+            self._on_warning({"message": f"{event['cell']} failed: {event['failed']}"})
 
 
 @contextmanager
-def _display() -> Iterator[_Display]:
+def _display(kind: Callable[[Progress], _Display] = _Display) -> Iterator[_Display]:
     columns = (
         SpinnerColumn(),
         TextColumn("{task.description}"),
@@ -492,7 +715,7 @@ def _display() -> Iterator[_Display]:
     )
     try:
         with Progress(*columns, console=out, refresh_per_second=4) as progress:
-            shown = _Display(progress)
+            shown = kind(progress)
             yield shown
             shown.finish()
     except KeyboardInterrupt:
@@ -510,10 +733,35 @@ def _print_outcome(outcome: Outcome) -> None:
     for row in outcome.rows:
         table.add_row(*map(escape, cells(row)))
     out.print(table)
+    if outcome.remark:
+        _say(escape(outcome.remark))
     if outcome.parity is not None:
         _say(f"export: {escape(outcome.parity.summary())}")
     _say("written:")
     for what, path in outcome.files.items():
+        _say(f"  {what:12} {escape(str(path))}")
+
+
+def _print_comparison(comparison: Comparison) -> None:
+    from sparkir.report.comparison_text import columns
+
+    for of_set in comparison.tables:
+        title = f"{of_set.name}: {of_set.convention}; SSIM alike"
+        table = Table(title=title, title_justify="left", box=SIMPLE_HEAD, padding=(0, 1, 0, 0))
+        chosen = columns(of_set, brief=True)
+        for index, column in enumerate(chosen):
+            right: dict[str, Any] = {"justify": "right", "no_wrap": True}
+            table.add_column(column.title, **right if index else {"overflow": "fold"})
+        for line in of_set.lines:
+            table.add_row(*(escape(column.text(line)) for column in chosen))
+        out.print(table)
+        for note in of_set.notes:
+            _say(escape(note))
+    out.print()
+    for note in comparison.notes:
+        _say(escape(note))
+    _say("written:")
+    for what, path in comparison.files.items():
         _say(f"  {what:12} {escape(str(path))}")
 
 

@@ -20,7 +20,7 @@ from sparkir.distill.task import DistillationTask
 from sparkir.evaluate.benchmark import ImageScore, Restorer, evaluate
 from sparkir.evaluate.infer import device_of, restore_image
 from sparkir.evaluate.metrics import Convention
-from sparkir.models.facts import facts_of, restore
+from sparkir.models.facts import as_seen, facts_of
 from sparkir.quant.arithmetic import exact_rounding
 from sparkir.quant.reference import freeze, stored_bytes
 from sparkir.quant.spec import QuantSpec
@@ -181,7 +181,7 @@ def parity_images(test: PairStore, frozen: GraphModule) -> list[Tensor]:
     images = []
     for index in range(min(3, len(test))):
         lq = torch.from_numpy(test.pair(index)[0][:_PARITY_PX, :_PARITY_PX].copy())
-        image = lq.movedim(-1, 0)[None, : facts.channels].float() / 255 * facts.value_range
+        image = as_seen(lq.movedim(-1, 0)[None].float() / 255, facts) * facts.value_range
         high, wide = (side - side % facts.size_multiple for side in image.shape[-2:])
         images.append(image[..., :high, :wide].contiguous())
     return images
@@ -240,7 +240,5 @@ def weight_map(materials: Materials, own: Trained, lq: np.ndarray, gt: np.ndarra
         torch.from_numpy(image.copy()).movedim(-1, 0)[None].to(device).float() / 255
         for image in (lq, gt)
     )
-    assert materials.teacher is not None
-    output, teacher = task.run_student(batch), restore(materials.teacher, batch)
-    weights = own.weighting(output, teacher, truth)
+    weights = task(batch, truth).weights
     return cast("np.ndarray", weights[0, 0].cpu().numpy())

@@ -10,7 +10,15 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import tomli_w
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    ValidationError,
+    ValidationInfo,
+    field_validator,
+    model_validator,
+)
 
 from sparkir.errors import SparkirError
 from sparkir.quant.spec import QuantSpec
@@ -27,8 +35,8 @@ class Data(_Section):
     """Images to learn from and to be judged by."""
 
     train: str
-    """Folder of clean images, of `input`/`target` pairs when `degradation` is `pairs`, or
-    `photographs:train` for the ones inside scikit-image."""
+    """Folder of clean images, of pairs when `degradation` is `pairs`, or `photographs:train` for
+    the ones inside scikit-image. A known set's own folder will do; see the data page."""
     test: str
     """The same for the images that are measured; never trained on."""
     degradation: Literal["bicubic", "noise", "jpeg", "pairs"] = "bicubic"
@@ -39,8 +47,14 @@ class Data(_Section):
     """Border of the bicubic: today's MATLAB, or the older one of some benchmark files."""
     sigma: tuple[float, float] | float = 25.0
     """Noise in 8-bit levels, or a range to draw from."""
+    test_sigma: float | None = None
+    """Noise of the test images; as `sigma` if not given."""
     quality: tuple[int, int] | int = 40
     """JPEG quality, or a range to draw from."""
+    test_quality: int | None = None
+    """JPEG quality of the test images; as `quality` if not given."""
+    channels: Literal[1, 3] = 3
+    """3 for colour; 1 makes the images grey before they are degraded."""
     patch_px: Annotated[int, Field(ge=8, strict=True)] = 48
     """Side of the input crops."""
     batch: Annotated[int, Field(ge=1, strict=True)] = 16
@@ -49,6 +63,23 @@ class Data(_Section):
     """Terms of the training images, for the model card."""
     skip_broken: bool = False
     """Leave unreadable images out instead of stopping."""
+
+    def as_tested(self) -> Data:
+        """The same with the degradation that test images get."""
+        sigma = self.sigma if self.test_sigma is None else self.test_sigma
+        quality = self.quality if self.test_quality is None else self.test_quality
+        return self.model_copy(update={"sigma": sigma, "quality": quality})
+
+    def require_consistent(self) -> None:
+        """Raise ValueError if a key does nothing for this degradation, or the scale is wrong."""
+        made = self.degradation
+        for key, needed in (("test_sigma", "noise"), ("test_quality", "jpeg")):
+            if getattr(self, key) is not None and made != needed:
+                raise ValueError(f'data.{key} is for data.degradation = "{needed}"; leave it out')
+        if made in ("noise", "jpeg") and self.scale != 1:
+            raise ValueError(f"{made} keeps the size; leave out data.scale")
+        if made == "bicubic" and self.scale == 1:
+            raise ValueError("bicubic needs data.scale = 2, 3, 4 or 8")
 
 
 class Network(_Section):
@@ -66,12 +97,40 @@ class Network(_Section):
 class Distill(_Section):
     """What the student is pulled to besides the ground truth."""
 
-    norm: Literal["l1", "mse"] = "mse"
-    """Distance between the outputs."""
-    strength: Annotated[float, Field(gt=0)] = 1.0
-    """Factor of the distillation loss."""
+    method: Literal["kd", "fitnet", "at", "skt", "fakd", "blocks", "dckd", "slkd"] = "kd"
+    """What is imitated besides the teacher's output: nothing, or features."""
+    norm: Literal["l1", "mse", "matched"] = "mse"
+    """Distance between the outputs; `matched` is a squared error that pulls as hard as an L1."""
+    strength: Annotated[float, Field(ge=0)] = 1.0
+    """Factor of that distance; 0, beside a method of features, leaves it out."""
     target: Literal["teacher", "truth"] = "teacher"
     """`truth` is the control: the same loss without a teacher's knowledge."""
+    feature_strength: Annotated[float, Field(gt=0)] | None = None
+    """Factor of the method's own first term, the others in proportion; left out as published."""
+
+    encoder: str = ""
+    """For dckd: what it looks at images with, as `package.module:function`; left out, fixed random
+    convolutions in the place of the published VQGAN."""
+
+    @field_validator("strength")
+    @classmethod
+    def _imitates_something(cls, strength: float, info: ValidationInfo) -> float:
+        if strength == 0 and info.data.get("method", "kd") == "kd":
+            raise ValueError("0 leaves nothing to imitate; give a larger one, or a distill.method")
+        return strength
+
+    @model_validator(mode="after")
+    def _fits_the_method(self) -> Distill:
+        if self.method != "kd" and self.target == "truth":
+            raise ValueError(
+                f'{self.method} imitates features, which the truth has none of; target = "truth" '
+                'goes with method = "kd"'
+            )
+        if self.method == "kd" and self.feature_strength is not None:
+            raise ValueError('feature_strength is of a method of features; method = "kd" has none')
+        if self.method != "dckd" and self.encoder:
+            raise ValueError(f'{self.method} has no encoder; encoder goes with method = "dckd"')
+        return self
 
 
 class WeightingChoice(_Section):
@@ -112,6 +171,14 @@ class Train(_Section):
     """Largest gradient norm; 0 for no limit."""
     precision: Literal["float32", "bfloat16", "auto"] = "float32"
     """`auto` takes bfloat16 autocast where it is fast."""
+    channels_last: bool | Literal["auto"] = "auto"
+    """Channels innermost in memory; `auto` does so with bfloat16."""
+    compile: bool = False
+    """Fuse the quantizers' arithmetic with torch.compile."""
+    teacher_cache: bool = False
+    """Compute the teacher's outputs once, on whole images, and keep them."""
+    teacher_cache_gb: Annotated[float, Field(gt=0)] = 20.0
+    """What they may take of the disk."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """`auto` takes the GPU where there is one."""
     calibration_images: Annotated[int, Field(ge=1, strict=True)] = 32
@@ -142,9 +209,10 @@ class Recipe(_Section):
     """None trains on the ground truth alone."""
     weighting: WeightingChoice = WeightingChoice()
     train: Train
-    metric: Literal["y", "rgb"] = "y"
+    metric: Literal["y", "rgb", "grey"] = "y"
     """PSNR and SSIM on luma with a border of `scale` px cut off (the super-resolution
-    convention), or on RGB whole (denoising, low light, deblurring)."""
+    convention; whole at scale 1, as for deraining), on RGB whole (denoising, low light,
+    deblurring), or on a grey image's one channel."""
     baselines: tuple[Literal["degraded", "teacher", "ptq-w8a8", "ptq", "qat"], ...] = ()
     """Rows of the final table besides the student."""
 
@@ -154,12 +222,16 @@ class Recipe(_Section):
             raise ValueError("distill needs a [teacher]; name one, or remove [distill]")
         if self.distill is None and self.weighting != WeightingChoice():
             raise ValueError("[weighting] weights a distillation; add [distill]")
+        if self.weighting.name == "spark" and self.data.batch < 2:
+            raise ValueError(
+                "the weighting spark learns from one half of a batch about the other; "
+                "set data.batch to 2 or more"
+            )
         if self.student.weights == "teacher" and self.teacher is None:
             raise ValueError('student.weights = "teacher" needs a [teacher]')
-        if self.data.degradation in ("noise", "jpeg") and self.data.scale != 1:
-            raise ValueError(f"{self.data.degradation} keeps the size; leave out data.scale")
-        if self.data.degradation == "bicubic" and self.data.scale == 1:
-            raise ValueError("bicubic needs data.scale = 2, 3, 4 or 8")
+        self.data.require_consistent()
+        if (self.metric == "grey") != (self.data.channels == 1) and self.metric != "y":
+            raise ValueError('metric = "grey" and data.channels = 1 belong together; set both')
         if self.quant is None and {"ptq-w8a8", "ptq", "qat"} & set(self.baselines):
             raise ValueError("baselines with quantization need a [quant]")
         if self.teacher is None and "teacher" in self.baselines:
@@ -175,6 +247,15 @@ def shipped() -> dict[str, str]:
     """Every shipped recipe and its one-line description."""
     names = sorted(p.name.removesuffix(".toml") for p in _RECIPES.iterdir() if _is_toml(p.name))
     return {name: load(name).description for name in names}
+
+
+def json_schema() -> dict[str, Any]:
+    """The JSON schema of a recipe, by which editors complete and check one."""
+    schema = Recipe.model_json_schema()
+    schema["$schema"] = "https://json-schema.org/draft/2020-12/schema"
+    schema["title"] = "sparkir recipe"
+    schema["$defs"]["WeightingChoice"]["properties"]["name"]["enum"] = list(weightings())
+    return schema
 
 
 def load(name_or_path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
@@ -203,6 +284,45 @@ def from_values(values: Mapping[str, Any], source: str) -> Recipe:
     except ValidationError as error:
         problems = "; ".join(_explain(item) for item in error.errors())
         raise SparkirError(f"{source}: {problems}") from error
+
+
+def with_overrides(data: Data, overrides: Sequence[str]) -> Data:
+    """The data section with overrides like `data.test_sigma=50`.
+
+    Raises:
+        SparkirError: as `load`, or an override is of another section.
+    """
+    if not overrides:
+        return data
+    values: dict[str, Any] = {"data": data.model_dump()}
+    for override in overrides:
+        _override(values, override)
+    if values.keys() != {"data"}:
+        raise SparkirError(
+            f"--set {overrides[-1]!r}: what is evaluated is made already; only keys of data can "
+            "be changed, such as data.test_sigma=50"
+        )
+    try:
+        changed = Data.model_validate(values["data"])
+        changed.require_consistent()
+    except ValidationError as error:
+        problems = "; ".join(_explain(item, ("data",)) for item in error.errors())
+        raise SparkirError(f"--set: {problems}") from error
+    except ValueError as error:
+        raise SparkirError(f"--set: {error}") from error
+    return changed
+
+
+def changed(recipe: Recipe, **keys: Any) -> Recipe:  # noqa: ANN401 - values of a recipe
+    """The recipe with whole keys of its top level replaced, checked like one from a file.
+
+    Raises:
+        SparkirError: they do not fit the rest.
+    """
+    plain = {
+        k: v.model_dump(mode="json") if isinstance(v, _Section) else v for k, v in keys.items()
+    }
+    return from_values(recipe.model_dump(mode="json") | plain, f"recipe {recipe.name}, changed")
 
 
 def differences(old: Recipe, new: Recipe) -> list[str]:
@@ -249,9 +369,9 @@ def _override(values: dict[str, Any], override: str) -> None:
     values[last] = value
 
 
-def _explain(error: Any) -> str:  # noqa: ANN401 - pydantic's own record
-    """One line for one of pydantic's errors."""
-    place = [str(part) for part in error["loc"]]
+def _explain(error: Any, within: Sequence[str] = ()) -> str:  # noqa: ANN401 - pydantic's record
+    """One line for one of pydantic's errors, found while reading the section `within`."""
+    place = [*within, *(str(part) for part in error["loc"])]
     key = ".".join(place)
     if error["type"] in ("extra_forbidden", "unexpected_keyword_argument"):
         *section, name = place

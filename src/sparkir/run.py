@@ -11,7 +11,7 @@ import json
 import platform
 import re
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
@@ -28,16 +28,19 @@ from sparkir.assemble import (
     quantize_student,
     save_student,
     silent,
+    task_of,
     weighting_of,
 )
 from sparkir.data.atomic import atomic_file
 from sparkir.data.codec import one_line
 from sparkir.data.images import write_png
+from sparkir.data.outputs import OutputStore
 from sparkir.data.pairs import PatchSampler
 from sparkir.deploy.parity import Parity
+from sparkir.distill.methods import title
 from sparkir.distill.task import DistillationTask
 from sparkir.errors import SparkirError
-from sparkir.evaluate.benchmark import evaluate, mean
+from sparkir.evaluate.benchmark import Share, evaluate, joined, mean
 from sparkir.evaluate.infer import device_of
 from sparkir.evaluate.metrics import Convention
 from sparkir.export import export_onnx, measured_words
@@ -49,11 +52,14 @@ from sparkir.measure import (
     runtime_contender,
     trained_contenders,
 )
+from sparkir.quant.fused import require_compiler
 from sparkir.quant.reference import freeze
 from sparkir.recipe import Recipe, WeightingChoice, differences, load
 from sparkir.report.events import EventLog
 from sparkir.report.table import Row, to_markdown
 from sparkir.spark.weighting import Weighting
+from sparkir.teacher import teacher_outputs
+from sparkir.train.distribute import Devices
 from sparkir.train.loop import LoopSettings, Report, train
 from sparkir.train.optimize import build_average, build_optimizer, fast_precision
 from sparkir.train.state import TrainState
@@ -71,6 +77,8 @@ class Trained:
     student: nn.Module
     """The moving average if the recipe keeps one, else the last student; evaluation mode."""
     weighting: Weighting
+    remark: str = ""
+    """What its name does not say of the method, such as which encoder it used."""
 
 
 def train_student(
@@ -80,86 +88,146 @@ def train_student(
     *,
     report: Report = silent,
     stop_requested: Callable[[], bool] = lambda: False,
+    devices: Devices | None = None,
 ) -> Trained:
     """Train one student in `folder`, going on from its checkpoint if there is one.
+
+    Where several processes share the batches, all call this and get the same student; the first
+    one reads and writes the checkpoint.
 
     Raises:
         SparkirError: training diverged, or the disk is full; the last checkpoint stays.
         Interrupted: `stop_requested` said so.
     """
+    name, devices = method_name(recipe), devices or Devices()
+    task, state = training_of(recipe, materials, report, devices=devices)
+    report({"kind": "stage", "name": f"train {name}", "steps": recipe.train.steps})
+    remark = task.method.describe()
+    if remark:
+        report({"kind": "method", "remark": remark})
+    checkpoint = folder / "last.pt"
+    if devices.first and checkpoint.exists():
+        state.load(checkpoint)
+        report({"kind": "resumed", "step": state.step})
+    devices.agree(state)
+    train(
+        task,
+        state,
+        loop_settings(recipe, device_of(state.student)),
+        checkpoint=checkpoint,
+        evaluate=lambda network: _validated_db(network, recipe, materials, devices),
+        report=report,
+        stop_requested=stop_requested,
+        devices=devices,
+    )
+    result = state.student if state.average is None else state.average.module
+    weighting = task.weighting.eval()
+    return Trained(name=name, student=result.eval(), weighting=weighting, remark=remark)
+
+
+def training_of(
+    recipe: Recipe,
+    materials: Materials,
+    report: Report = silent,
+    *,
+    outputs: OutputStore | None = None,
+    devices: Devices | None = None,
+) -> tuple[DistillationTask, TrainState]:
+    """A student's losses and all that training changes, before the first step.
+
+    `outputs` are what the teacher makes of the training images; unless they are given, the recipe
+    says whether to compute them now. Of each batch, `devices` take their shares.
+    """
+    devices = devices or Devices()
     torch.manual_seed(recipe.seed)
     student = copy.deepcopy(materials.student)
     if recipe.quant is not None:
         student = quantize_student(student, recipe.quant, materials.crops)
+        if recipe.train.compile:
+            require_compiler(device_of(student))
+    if _channels_last(recipe, device_of(student)):
+        # What it computes takes the layout of its weights.
+        student.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     source = weighting_of(recipe.weighting).to(device_of(student))
-    task = DistillationTask(
-        student,
-        materials.teacher if recipe.distill else None,
-        weighting=source,
-        **({} if recipe.distill is None else recipe.distill.model_dump()),
-    )
+    task = task_of(recipe, student, source, materials)
+    if outputs is None:
+        shown = bool(task.method.teacher_taps)
+        with devices.in_turn():
+            outputs = teacher_outputs(recipe, materials, report, features=shown)
     state = TrainState(
         student=student,
         weighting=source,
-        optimizer=_optimizer(recipe, student),
+        method=task.method,
+        optimizer=_optimizer(recipe, task),
         sampler=PatchSampler(
             materials.train,
             patch_px=recipe.data.patch_px,
             batch=recipe.data.batch,
             seed=recipe.seed,
+            outputs=outputs,
+            rank=devices.rank,
+            ranks=devices.ranks,
         ),
         average=build_average(student, recipe.train.ema),
     )
-    checkpoint = folder / "last.pt"
-    if checkpoint.exists():
-        state.load(checkpoint)
-        report({"kind": "resumed", "step": state.step})
-    convention = convention_of(recipe)
-    train(
-        task,
-        state,
-        _loop_settings(recipe, device_of(student)),
-        checkpoint=checkpoint,
-        evaluate=lambda network: mean(evaluate(network, materials.test, convention)).psnr_db,
-        report=report,
-        stop_requested=stop_requested,
-    )
-    result = student if state.average is None else state.average.module
-    return Trained(name=method_name(recipe), student=result.eval(), weighting=source.eval())
+    return task, state
 
 
-def _optimizer(recipe: Recipe, student: nn.Module) -> torch.optim.Optimizer:
+def _validated_db(
+    network: nn.Module, recipe: Recipe, materials: Materials, devices: Devices
+) -> float:
+    """Mean PSNR on the test images, of which each process takes its share."""
+    share = Share(materials.test, devices.rank, devices.ranks)
+    scores = evaluate(network, share, convention_of(recipe)) if len(share) else []
+    return mean(joined(devices.gather(scores))).psnr_db
+
+
+def _optimizer(recipe: Recipe, task: DistillationTask) -> torch.optim.Optimizer:
     return build_optimizer(
-        student,
+        task.student,
         name=recipe.train.optimizer,
         learning_rate=recipe.train.learning_rate,
         grid_learning_rate=recipe.train.grid_learning_rate,
         weight_decay=recipe.train.weight_decay,
+        beside=task.method.parameters(),
     )
 
 
-def _loop_settings(recipe: Recipe, device: torch.device) -> LoopSettings:
+def loop_settings(recipe: Recipe, device: torch.device) -> LoopSettings:
+    """What the recipe says to the loop, on this device."""
     settings = recipe.train
-    fast = settings.precision == "auto" and fast_precision(device)
     return LoopSettings(
         steps=settings.steps,
         schedule=settings.schedule,
         warmup=settings.warmup,
         clip_norm=settings.clip_norm,
-        bfloat16=fast or settings.precision == "bfloat16",
+        bfloat16=_bfloat16(recipe, device),
+        compiled=settings.compile,
         log_every=settings.log_every,
         evaluate_every=settings.evaluate_every,
         checkpoint_every=settings.checkpoint_every,
     )
 
 
+def _bfloat16(recipe: Recipe, device: torch.device) -> bool:
+    chosen = recipe.train.precision
+    return chosen == "bfloat16" or (chosen == "auto" and fast_precision(device))
+
+
+def _channels_last(recipe: Recipe, device: torch.device) -> bool:
+    chosen = recipe.train.channels_last
+    return _bfloat16(recipe, device) if chosen == "auto" else chosen
+
+
 def method_name(recipe: Recipe) -> str:
     """What the recipe's own method is called in tables."""
     if recipe.distill is None:
         return "float" if recipe.quant is None else "QAT"
-    if recipe.weighting.name.startswith("spark"):
-        return "SPARK" if recipe.weighting.name == "spark" else "SPARK (paper)"
-    return "QAT + KD" + ("" if recipe.weighting.name == "uniform" else f", {recipe.weighting.name}")
+    method, weighting = recipe.distill.method, recipe.weighting.name
+    if weighting.startswith("spark"):
+        name = "SPARK" if weighting == "spark" else "SPARK (paper)"
+        return name if method == "kd" else f"{name} on {title(method)}"
+    return f"QAT + {title(method)}" + ("" if weighting == "uniform" else f", {weighting}")
 
 
 def qat_only(recipe: Recipe) -> Recipe:
@@ -181,6 +249,8 @@ class Outcome:
     """What each file is -> where it is."""
     parity: Parity | None
     """None for a run in floating point."""
+    remark: str = ""
+    """What the name of the recipe's method does not say."""
 
 
 def distill(
@@ -190,25 +260,61 @@ def distill(
     resume: bool = False,
     report: Report = silent,
     stop_requested: Callable[[], bool] = lambda: False,
+    devices: Devices | None = None,
 ) -> Outcome:
     """Carry out a recipe in `folder`, or go on with what an earlier call began there.
+
+    Of several processes that share the batches, the first calls this, the others `assist`.
 
     Raises:
         SparkirError: something the user can mend; whatever was trained stays in the folder, and
             if that is nothing, there is no folder.
         Interrupted: `stop_requested` said so; call again with `resume`.
     """
-    with _claimed(folder, recipe, resume=resume), EventLog(folder / "events.jsonl") as log:
+    devices = devices or Devices()
+    with ExitStack() as held:
+        with devices.in_turn():
+            devices.require_shares(recipe.data.batch)
+            held.enter_context(_claimed(folder, recipe, resume=resume))
+            log = held.enter_context(EventLog(folder / "events.jsonl"))
 
-        def tell(event: dict[str, Any]) -> None:
-            if event["kind"] != "decoding":
-                log(event)
+            def tell(event: dict[str, Any]) -> None:
+                if event["kind"] not in ("decoding", "teacher"):  # one for each image
+                    log(event)
+                report(event)
+
+            start = {"kind": "start", "recipe": recipe.name, "versions": versions()}
+            tell(start | {"processes": devices.ranks})
+            materials = gather(recipe, tell)
+        trained = _train_methods(recipe, materials, folder, tell, stop_requested, devices)
+        return _finish(recipe, materials, trained, folder, tell)
+
+
+def assist(
+    recipe: Recipe,
+    *,
+    report: Report = silent,
+    stop_requested: Callable[[], bool] = lambda: False,
+    devices: Devices,
+) -> None:
+    """Do the part of `distill` that falls to every process but the first; write nothing.
+
+    Of the events, only which stage it is gets to `report`.
+
+    Raises:
+        SystemExit: the first process stops for an error, and says it.
+        Interrupted: some process's `stop_requested` said so.
+    """
+
+    def tell(event: dict[str, Any]) -> None:
+        if event["kind"] == "stage":
             report(event)
 
-        tell({"kind": "start", "recipe": recipe.name, "versions": versions()})
-        materials = gather(recipe, tell)
-        trained = _train_methods(recipe, materials, folder, tell, stop_requested)
-        return _finish(recipe, materials, trained, folder, tell)
+    with devices.in_turn():
+        devices.require_shares(recipe.data.batch)
+        materials = gather(recipe)
+    nowhere = Path()  # only the first process reads and writes
+    _train_methods(recipe, materials, nowhere, tell, stop_requested, devices)
 
 
 @contextmanager
@@ -286,6 +392,7 @@ def _train_methods(
     folder: Path,
     report: Report,
     stop_requested: Callable[[], bool],
+    devices: Devices,
 ) -> list[Trained]:
     """The baseline that needs training, then, last, the recipe's own student."""
     wanted = "qat" in recipe.baselines and recipe.distill is not None  # else it is the recipe
@@ -293,10 +400,16 @@ def _train_methods(
     trained = []
     for variant in [*variants, recipe]:
         name = method_name(variant)
-        report({"kind": "stage", "name": f"train {name}", "steps": variant.train.steps})
         where = folder / "training" / re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")
         trained.append(
-            train_student(variant, materials, where, report=report, stop_requested=stop_requested)
+            train_student(
+                variant,
+                materials,
+                where,
+                report=report,
+                stop_requested=stop_requested,
+                devices=devices,
+            )
         )
     return trained
 
@@ -339,6 +452,7 @@ def _finish(
         convention=convention_of(recipe),
         files=files | {"events": folder / "events.jsonl", "recipe": folder / "recipe.toml"},
         parity=None if exported is None else exported.parity,
+        remark=own.remark,
     )
     _write_report(outcome, recipe)
     report({"kind": "done", "rows": [row.as_values() for row in outcome.rows]})
@@ -364,24 +478,32 @@ def _write_report(outcome: Outcome, recipe: Recipe) -> None:
     """report.md for people, report.json for programs."""
     caption = f"{recipe.name}, seed {recipe.seed}. {outcome.convention.label}; SSIM alike."
     parts = [f"# {recipe.name}\n", to_markdown(outcome.rows, caption)]
+    if outcome.remark:
+        parts.append(f"{outcome.remark}.\n")
     if outcome.parity is not None:
         parts.append(f"Export: {outcome.parity.summary()}.\n")
-    _write_text(outcome.files["table"], "\n".join(parts))
+    write_text(outcome.files["table"], "\n".join(parts))
     values = {
         "recipe": recipe.model_dump(mode="json"),
         "versions": versions(),
         "convention": outcome.convention.label,
         "rows": [row.as_values() for row in outcome.rows],
+        "remark": outcome.remark,
         "export": None if outcome.parity is None else outcome.parity.summary(),
     }
-    _write_text(outcome.folder / "report.json", json.dumps(values, indent=1))
+    write_text(outcome.folder / "report.json", json.dumps(values, indent=1))
 
 
-def _write_text(path: Path, text: str) -> None:
+def write_text(path: Path, text: str, *, then: str = "go on with --resume") -> None:
+    """Write a file whole or not at all.
+
+    Raises:
+        SparkirError: it cannot be written; the message says to free some space and `then`.
+    """
     try:
         with atomic_file(path) as file:
             file.write(text.encode())
     except OSError as error:
         raise SparkirError(
-            f"cannot write {path}: {one_line(error)}; free some space and go on with --resume"
+            f"cannot write {path}: {one_line(error)}; free some space and {then}"
         ) from error

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import pickle
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, Literal, cast
 
 import numpy as np
 import torch
@@ -22,9 +21,13 @@ from sparkir.assemble import (
     convention_of,
     gather,
     load_student,
+    network_hash,
     open_pairs,
     quantize_student,
 )
+from sparkir.data.catalog import known_set
+from sparkir.data.inventory import recognise, take_inventory
+from sparkir.data.layouts import holds_pairs, part_of
 from sparkir.data.pairs import PairStore
 from sparkir.deploy.bench import measure, require_sizes
 from sparkir.deploy.card import Card, read_card
@@ -50,8 +53,10 @@ from sparkir.models.facts import ModelFacts, facts_of
 from sparkir.models.registry import available, build
 from sparkir.quant.prepare import placement_of
 from sparkir.quant.reference import freeze
-from sparkir.recipe import Data, Recipe, load
+from sparkir.recipe import Data, Recipe, load, with_overrides
 from sparkir.restore.network import Restorer
+
+_SPACES: dict[str, Literal["y", "rgb", "grey"]] = {"y": "y", "rgb": "rgb", "grey": "grey"}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -130,26 +135,32 @@ def _open_by_name(name: str, weights: Path | None, options: Mapping[str, Any]) -
 
 
 def evaluation_setup(
-    opened: Opened, where: str, metric: str | None, report: Report
+    opened: Opened,
+    where: str,
+    metric: str | None,
+    report: Report,
+    overrides: Sequence[str] = (),
 ) -> tuple[PairStore, Convention]:
     """The pairs in `where` for this model, and how to measure.
 
-    A folder with `input` and `target` inside is pairs; any other holds clean images, which are
-    degraded as the model's recipe says, or bicubically by its scale.
+    A folder of pairs is taken as such; any other holds clean images, which are degraded as the
+    model's recipe says, or bicubically by its scale. `overrides` such as `data.test_sigma=50`
+    change that.
     """
     facts = facts_of(opened.network)
-    if metric not in (None, "y", "rgb"):
-        raise SparkirError(f"--metric {metric!r}: choose y or rgb")
-    folder = Path(where)
+    if metric not in (None, *_SPACES):
+        raise SparkirError(f"--metric {metric!r}: choose y, rgb or grey")
     enlarges = facts.scale > 1
     data = opened.recipe.data if opened.recipe else Data(train=where, test=where)
-    if (folder / "input").is_dir() and (folder / "target").is_dir():
-        data = data.model_copy(update={"degradation": "pairs", "scale": facts.scale})
+    changes: dict[str, Any] = {}
+    if holds_pairs(part_of(Path(where), "test") or Path(where)):
+        changes = {"degradation": "pairs", "test_sigma": None, "test_quality": None}
     elif opened.recipe is None:
-        made = "bicubic" if enlarges else "pairs"
-        data = data.model_copy(update={"degradation": made, "scale": facts.scale})
-    space = metric or (opened.recipe.metric if opened.recipe else "y" if enlarges else "rgb")
-    return open_pairs(data, where, report), convention("y" if space == "y" else "rgb", facts.scale)
+        changes = {"degradation": "bicubic" if enlarges else "pairs"}
+    data = with_overrides(data.model_copy(update={**changes, "scale": facts.scale}), overrides)
+    usual = "y" if enlarges else "grey" if data.channels == 1 else "rgb"
+    space = metric or (opened.recipe.metric if opened.recipe else usual)
+    return open_pairs(data, where, report), convention(_SPACES[space], facts.scale)
 
 
 def restorer_of(opened: Opened) -> Restorer:
@@ -163,24 +174,8 @@ def restorer_of(opened: Opened) -> Restorer:
             return restored.float().cpu().numpy()
 
     return Restorer(
-        facts=facts_of(network), run=run, label=opened.label, identity=_hash_of(network)
+        facts=facts_of(network), run=run, label=opened.label, identity=network_hash(network)
     )
-
-
-def _hash_of(network: nn.Module) -> str:
-    """A hash of a network's facts, its modules and their settings, and all its numbers."""
-    known = hashlib.sha256(repr((facts_of(network), str(network))).encode())
-    for name, module in network.named_modules():
-        settings = [
-            f"{name}.{key}={value}"
-            for key, value in sorted(vars(module).items())
-            if isinstance(value, bool | int | float | str) and key != "training"
-        ]
-        known.update("\n".join(settings).encode())
-    for name, tensor in sorted(network.state_dict().items()):
-        known.update(name.encode())
-        known.update(tensor.detach().cpu().flatten().contiguous().view(torch.uint8).numpy())
-    return known.hexdigest()[:16]
 
 
 def export_run(
@@ -366,6 +361,23 @@ def _onnx_contenders(material: _Benchable, folder: Path) -> list[Contender]:
     card = _card_of(exported)
     is_float = card.quantization == "float"
     return found + (float_contenders(exported) if is_float else integer_contenders(exported, card))
+
+
+def check_folder(folder: Path, name: str | None) -> tuple[list[str], bool]:
+    """What of a known set a folder holds, a line each, and whether all that is there is whole.
+
+    Raises:
+        SparkirError: no such folder or set, or the folder does not tell which set it is.
+    """
+    if not folder.is_dir():
+        raise SparkirError(f"no folder {folder}; check the path")
+    known = recognise(folder) if name is None else known_set(name)
+    found = take_inventory(folder, known)
+    lines = [f"{known.name}, for {known.task}", *(one.line() for one in found)]
+    lines += [f"from {known.source}", f"terms: {known.terms}"]
+    if known.notes:
+        lines.append(f"note: {known.notes}")
+    return lines, not any(one.problems for one in found)
 
 
 def check_recipe(recipe: Recipe, report: Report) -> list[str]:

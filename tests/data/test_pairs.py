@@ -161,7 +161,7 @@ class TestFromFolders:
     def test_no_whole_pair(self, folders, cache):
         for name in ("input/0.bmp", "input/1.bmp", "target/2.png"):
             (folders[0].parent / name).write_bytes(b"broken")
-        with pytest.raises(SparkirError, match=r"hold no whole pair: .*0\.bmp"):
+        with pytest.raises(SparkirError, match=r"not one whole pair could be read: .*0\.bmp"):
             PairStore.from_folders(*folders, cache=cache, skip_broken=True)
 
     @pytest.mark.data
@@ -271,6 +271,23 @@ class TestSampler:
         for batch in expected:
             assert_same(resumed.next(), batch)
         assert resumed.epoch == sampler.epoch
+
+    @pytest.mark.parametrize("degradation", [BicubicDownscale(2), GaussianNoise((5, 50))])
+    @pytest.mark.parametrize("ranks", [2, 3, 6])
+    def test_processes_share_the_batches_that_one_would_draw(
+        self, paths, cache, degradation, ranks
+    ):
+        pairs = PairStore.from_images(paths, degradation, cache=cache)
+        alone = PatchSampler(pairs, patch_px=8, batch=6, seed=5)
+        together = [
+            PatchSampler(pairs, patch_px=8, batch=6, seed=5, rank=rank, ranks=ranks)
+            for rank in range(ranks)
+        ]
+        for _ in range(4):
+            shares = [sampler.next() for sampler in together]
+            assert {len(images) for share in shares for images in share} == {6 // ranks}
+            assert_same([torch.cat(parts) for parts in zip(*shares, strict=True)], alone.next())
+        assert all(sampler.state_dict() == alone.state_dict() for sampler in together)
 
     def test_state_is_a_snapshot(self, pairs):
         sampler = PatchSampler(pairs, patch_px=8, batch=3, seed=5)

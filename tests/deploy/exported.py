@@ -66,14 +66,46 @@ class Everything(nn.Module):
         return self.tail(torch.cat([F.relu(self.reflecting(pixels)), wide], dim=1)) + x
 
 
+class Twins(nn.Module):
+    """Two layers of equal weights, as a recursive network has them, and two that are all zeros."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.facts = ModelFacts(
+            name="twins", scale=1, channels=3, value_range=1.0, taps=("first",), halo_px=5
+        )
+        self.head, self.tail = (nn.Conv2d(3, 3, 3, padding=1) for _ in "ht")
+        self.first, self.second, self.third, self.fourth = (
+            nn.Conv2d(3, 3, 3, padding=1, bias=False) for _ in range(4)
+        )
+        self.second.weight = self.first.weight
+        nn.init.zeros_(self.third.weight)
+        nn.init.zeros_(self.fourth.weight)
+
+    def forward(self, x: Tensor) -> Tensor:
+        features = F.relu(self.head(x))
+        twice = F.relu(self.second(F.relu(self.first(features))))
+        return self.tail(twice + self.fourth(self.third(features)))
+
+
 NETWORKS: dict[str, Callable[[], nn.Module]] = {
     "srcnn": lambda: build("srcnn", scale=2),
     "dncnn": lambda: build("dncnn", depth=4, width=8),
     "edsr": lambda: build("edsr", width=8, blocks=1, scale=2),
     "rfdn": lambda: build("rfdn", width=8, blocks=1, scale=2),
     "anchored": lambda: build("rfdn", width=8, blocks=1, scale=2, anchored=True),
+    "rlfn": lambda: build("rlfn", width=8, blocks=1, scale=2),
+    "bsrn": lambda: build("bsrn", width=16, blocks=1, scale=2),
+    "bsrn-s": lambda: build("bsrn-s", width=8, blocks=1, scale=2),
+    "carn-m": lambda: build("carn-m", width=8, scale=2),
+    "imdn": lambda: build("imdn", width=8, blocks=1, scale=2),
+    "fmen": lambda: build("fmen", width=8, blocks=1, scale=2),
+    "span": lambda: build("span", width=8, cat_width=8, blocks=2, scale=2),
+    "plainusr": lambda: build("plainusr", size="u", scale=2),
+    "pooling": lambda: build("plainusr", size="s", scale=2),
     "everything": Everything,
     "mirnet": lambda: build("mirnet", width=8, groups=1, blocks=1),
+    "twins": Twins,
 }
 
 

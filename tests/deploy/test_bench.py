@@ -316,6 +316,7 @@ def test_every_runtime_is_measured(twin, twin_file, edsr_w4, tmp_path):
     assert [r["label"] for r in values["rows"]] == [c.label for c in contenders]
     assert values["plan"]["threads"] == 1
     assert values["versions"]["onnxruntime"]
+    assert values["versions"]["processor"]
     assert values["rows"][0]["times_as_fast"] == 1
     assert len(values["rows"][0]["samples_ms"]) == 2
 

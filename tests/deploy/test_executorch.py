@@ -34,6 +34,7 @@ from sparkir.quant.calibrate import activation_quantizers, calibrate
 from sparkir.quant.prepare import carry_facts, placement_of, prepare
 from sparkir.quant.reference import IntegerLayer, freeze
 from sparkir.quant.spec import QuantSpec
+from sparkir.quant.targets import TargetName
 
 with executorch_module._quiet():  # importing it warns of its own deprecations
     pytest.importorskip("executorch.exir", reason='needs ExecuTorch: pip install "sparkir[mobile]"')
@@ -67,10 +68,12 @@ class Mixed(nn.Module):
 
 
 @cache
-def frozen_network(name: str, weight_bits: int, activation_bits: int):
+def frozen_network(
+    name: str, weight_bits: int, activation_bits: int, target: TargetName = "onnxruntime"
+):
     torch.manual_seed(0)
     network = (Mixed() if name == "mixed" else NETWORKS[name]()).eval()
-    spec = QuantSpec(weight_bits=weight_bits, activation_bits=activation_bits)
+    spec = QuantSpec(weight_bits=weight_bits, activation_bits=activation_bits, target=target)
     student = prepare(network, spec)
     calibrate(student, [images(network.facts, 2, 32, 24)])
     return freeze(student)
@@ -300,6 +303,12 @@ def test_exporting_is_silent_and_keeps_the_network(capfd):
 def test_sizes_that_cannot_be_are_refused():
     with pytest.raises(SparkirError, match=r"rfdn cannot take images of 8 x 40 px.*at least 15"):
         to_executorch(frozen_network("rfdn", 8, 8), largest_px=(8, 40))
+
+
+def test_a_network_placed_for_a_runtime_that_fuses_is_refused():
+    placed = frozen_network("edsr", 8, 8, "openvino")
+    with pytest.raises(SparkirError, match=r"placed for OpenVINO.*quant\.target"):
+        to_executorch(placed, largest_px=LARGEST_PX)
 
 
 def test_what_is_no_program_is_refused(tmp_path):

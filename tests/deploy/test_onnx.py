@@ -154,6 +154,18 @@ def test_additions_tables_and_concatenations_run_on_integers():
     assert not {"Add", "Mul", "LeakyRelu", "Sigmoid", "Relu"} & fusion.other.keys()
 
 
+@pytest.mark.usefixtures("exact_kernels")
+def test_layers_of_equal_weights_have_names_of_their_own():
+    """The exporter keeps equal constants once, and no two nodes may have one name."""
+    found = deploy("twins", 8)
+    layers = [node.name for node in found.model.graph.node if node.op_type == "Conv"]
+    assert len(set(layers)) == len(layers) == 6
+    assert {"head", "tail", "first", "third"} <= set(layers)
+    assert found.parity.failures == []
+    assert len(found.parity.fusion.layers) == 6
+    assert found.parity.fusion.float_layers == ()
+
+
 def test_exporting_again_is_silent_and_gives_the_same_file(dncnn, capfd):
     before = {name: buffer.clone() for name, buffer in dncnn.frozen.named_buffers()}
     again = to_onnx(dncnn.frozen, {"note": "second"})

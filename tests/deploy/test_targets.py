@@ -1,5 +1,7 @@
 """Every architecture, at every width, for every target, executed by the runtime it is for."""
 
+import os
+
 import pytest
 import torch
 from exported import Deployed, deploy, images
@@ -12,40 +14,52 @@ from sparkir.quant.spec import QuantSpec
 
 pytestmark = pytest.mark.usefixtures("exact_kernels")
 
-NETWORKS = ["srcnn", "dncnn", "edsr", "rfdn", "anchored"]
-LARGE = [("mirnet", 4, 8, "onnxruntime"), ("mirnet", 4, 4, "openvino")]
-"""Cases of networks whose export takes many seconds; all others of theirs passed when they came."""
 WIDTHS = [(8, 8), (4, 8), (4, 4)]
 TARGETS = ["onnxruntime", "portable", "openvino"]
+NETWORKS = ["srcnn", "dncnn", "edsr", "rfdn", "anchored"]
+ONCE = {
+    "rlfn": [(8, 8), (4, 4)],
+    "bsrn": [(4, 4), (8, 8)],
+    "bsrn-s": [(4, 8), (4, 4)],
+    "carn-m": [(8, 8), (4, 8)],
+    "imdn": [(4, 8), (8, 8)],
+    "fmen": [(8, 8), (4, 8)],
+    "span": [(4, 4), (8, 8)],
+    "plainusr": [(4, 4), (4, 8)],
+    "pooling": [(8, 8), (4, 4)],
+    "mirnet": [(4, 8), (4, 4)],
+}
+"""Networks that take seconds each: one width in ONNX Runtime and one in OpenVINO, unless the
+environment has SPARKIR_EVERY_WIDTH; for whoever changes a placement."""
+
+
+def matrix() -> list[tuple[str, int, int, str]]:
+    """Network, bits of weights and of tensors, target."""
+    full = [(n, *w, t) for n in NETWORKS for w in WIDTHS for t in TARGETS]
+    runtimes = ("onnxruntime", "openvino")
+    if "SPARKIR_EVERY_WIDTH" in os.environ:
+        return full + [(n, *w, t) for n in ONCE for w in WIDTHS for t in runtimes]
+    return full + [
+        (n, *w, t) for n, widths in ONCE.items() for w, t in zip(widths, runtimes, strict=True)
+    ]
 
 
 def test_the_matrix_has_every_architecture():
-    names = {*NETWORKS, *(name for name, *_ in LARGE), "edsr-baseline"}
-    assert names - {"anchored"} == available().keys()
+    names = {*NETWORKS, *ONCE, "edsr-baseline"} - {"anchored", "pooling"}
+    assert names == available().keys()
 
 
-@pytest.fixture(params=[(n, *w) for n in NETWORKS for w in WIDTHS], ids=str)
-def case(request) -> tuple[str, int, int]:
-    return request.param
-
-
-@pytest.mark.parametrize("target", TARGETS)
-def test_the_runtime_shows_the_integer_networks_pixels(case, target):
-    found = deploy(*case, target)
+@pytest.mark.parametrize("case", matrix(), ids=str)
+def test_the_runtime_shows_the_integer_networks_pixels(case):
+    name, target = case[0], case[-1]
+    found = deploy(*case)
     parity = found.parity
     assert parity.runtime == ("openvino" if target == "openvino" else "onnxruntime")
     assert parity.failures == []
-    floats = {"srcnn": 1}.get(case[0], 0)  # the bicubic step
+    floats = {"srcnn": 1}.get(name, 0)  # the bicubic step
     assert len(parity.fusion.float_layers) == floats
     if not any(layer.is_float for layer in parity.layers):
         assert parity.differing_pixels == 0
-
-
-@pytest.mark.parametrize(("name", "bits", "activation_bits", "target"), LARGE)
-def test_large_networks_too(name, bits, activation_bits, target):
-    parity = deploy(name, bits, activation_bits, target).parity
-    assert parity.failures == []
-    assert parity.fusion.float_layers == ()
 
 
 @pytest.mark.parametrize("bits", [2, 4])

@@ -7,7 +7,7 @@ import torch
 
 from sparkir.data.degrade import bicubic_resize
 from sparkir.errors import SparkirError
-from sparkir.evaluate.benchmark import ImageScore, evaluate, mean
+from sparkir.evaluate.benchmark import ImageScore, Share, evaluate, joined, mean
 from sparkir.evaluate.infer import restore_image
 from sparkir.evaluate.metrics import Convention, psnr_db, ssim
 from sparkir.models.checkpoint import load_weights
@@ -111,6 +111,14 @@ def test_mean_averages_decibels():
     average = mean(scores)
     assert (average.name, average.psnr_db) == ("mean", 32.0)
     assert average.ssim == pytest.approx(0.8)
+
+
+@pytest.mark.parametrize("ranks", [1, 2, 3, 5])
+def test_shares_joined_are_all_the_scores_in_order(ranks):
+    shares = [Share(Pairs(), rank, ranks) for rank in range(ranks)]
+    assert sum(map(len, shares)) == 3
+    scores = [evaluate(lambda lq: lq, share, RGB) if len(share) else [] for share in shares]
+    assert joined(scores) == evaluate(lambda lq: lq, Pairs(), RGB)
 
 
 def test_nothing_to_evaluate_is_refused():

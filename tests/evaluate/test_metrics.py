@@ -11,7 +11,8 @@ from sparkir.evaluate.metrics import Convention, luma, psnr_db, ssim, to_uint8
 Y4 = Convention(space="y", crop_px=4)
 Y0 = Convention(space="y", crop_px=0)
 RGB0 = Convention(space="rgb", crop_px=0)
-CONVENTIONS = [Y4, Y0, RGB0, Convention(space="rgb", crop_px=3)]
+GREY0 = Convention(space="grey", crop_px=0)
+CONVENTIONS = [Y4, Y0, RGB0, Convention(space="rgb", crop_px=3), GREY0]
 
 
 def image_and_noisy(height=29, width=33, seed=0):
@@ -26,14 +27,16 @@ def planes_slowly(image, convention):
     """The compared channels as lists of rows of numbers."""
     crop, (height, width, _) = convention.crop_px, image.shape
     planes = []
-    for channel in range(1 if convention.space == "y" else 3):
+    for channel in range(3 if convention.space == "rgb" else 1):
         rows = []
         for i in range(crop, height - crop):
             row = []
             for j in range(crop, width - crop):
                 red, green, blue = (float(value) for value in image[i, j])
                 y = 16 + 65.481 / 255 * red + 128.553 / 255 * green + 24.966 / 255 * blue
-                row.append(y if convention.space == "y" else float(image[i, j, channel]))
+                grey = 0.299 * red + 0.587 * green + 0.114 * blue
+                colours = float(image[i, j, channel])
+                row.append({"y": y, "grey": grey, "rgb": colours}[convention.space])
             rows.append(row)
         planes.append(rows)
     return np.array(planes)
@@ -169,3 +172,15 @@ def test_conventions_that_do_not_exist_are_refused(field, value):
     object.__setattr__(convention, field, value)  # past the type checker that runs in tests
     with pytest.raises(SparkirError, match=field):
         convention.__post_init__()
+
+
+def test_a_grey_image_is_compared_as_it_is():
+    """One level of error everywhere weighs 1.32 dB less on Y of studio range."""
+    image = np.full((20, 20, 3), 100, np.uint8)
+    other = image + np.uint8(1)
+    assert psnr_db(other, image, GREY0) == pytest.approx(10 * math.log10(255**2))
+    assert psnr_db(other, image, GREY0) == pytest.approx(psnr_db(other, image, RGB0))
+    studio = psnr_db(other, image, Y0)
+    assert studio - psnr_db(other, image, GREY0) == pytest.approx(20 * math.log10(255 / 219))
+    assert psnr_db(image, image, GREY0) == float("inf")
+    assert GREY0.label == "PSNR-grey, uint8, no crop"

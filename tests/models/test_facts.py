@@ -1,9 +1,12 @@
+import numpy as np
 import pytest
 import torch
 from torch import nn
 
+from sparkir.data.grey import full_luma
 from sparkir.errors import SparkirError
-from sparkir.models.facts import ModelFacts, facts_of, restore
+from sparkir.evaluate.metrics import luma
+from sparkir.models.facts import ModelFacts, as_seen, facts_of, restore
 from sparkir.models.registry import build
 
 
@@ -83,3 +86,31 @@ def test_facts_are_enough_for_a_traced_network():
     traced.facts = network.facts
     lq = torch.rand(1, 3, 16, 17)
     torch.testing.assert_close(restore(traced, lq), restore(network, lq))
+
+
+def facts_of_one(**facts: object) -> ModelFacts:
+    return Recorder(**facts).facts
+
+
+class TestAsSeen:
+    """The luma that a network of one channel is trained on."""
+
+    @pytest.mark.parametrize("luma_range", ["full", "studio"])
+    def test_is_the_luma_by_which_whole_images_are_evaluated(self, luma_range):
+        facts = facts_of_one(channels=1, luma_range=luma_range)
+        image = np.random.default_rng(0).integers(0, 256, (5, 7, 3), dtype=np.uint8)
+        expected = luma(image) if luma_range == "studio" else full_luma(image)
+        batch = torch.from_numpy(image).movedim(-1, 0)[None].float() / 255
+        np.testing.assert_allclose(as_seen(batch, facts)[0, 0] * 255, expected, atol=1e-4)
+
+    def test_colours_are_left_alone(self):
+        image = torch.rand(2, 3, 4, 4)
+        assert as_seen(image, facts_of_one(channels=3)) is image
+
+    def test_one_channel_is_grey_to_a_network_of_three(self):
+        image = torch.rand(2, 1, 4, 4)
+        assert torch.equal(as_seen(image, facts_of_one(channels=3)), torch.cat([image] * 3, 1))
+
+    def test_one_channel_is_that_luma_already(self):
+        image = torch.rand(2, 1, 4, 4)
+        assert as_seen(image, facts_of_one(channels=1, luma_range="studio")) is image

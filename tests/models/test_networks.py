@@ -12,6 +12,18 @@ SMALL = {
     "srcnn x3 luma": {"scale": 3, "channels": 1},
     "rfdn": {"width": 8, "blocks": 2},
     "rfdn x2": {"width": 8, "blocks": 1, "scale": 2, "value_range": 1.0},
+    "rlfn": {"width": 8, "blocks": 2},
+    "rlfn x2": {"width": 8, "inner_width": 6, "blocks": 1, "scale": 2, "value_range": 1.0},
+    "bsrn": {"width": 16, "blocks": 2},
+    "bsrn-s x2": {"width": 8, "blocks": 1, "scale": 2},
+    "carn-m x2": {"width": 8, "scale": 2},
+    "carn-m x3": {"width": 4, "scale": 3},
+    "carn-m x4": {"width": 4, "scale": 4},
+    "imdn": {"width": 8, "blocks": 3},
+    "fmen": {"width": 8, "blocks": 1},
+    "span": {"width": 8, "cat_width": 4, "blocks": 2},
+    "plainusr x2 u": {"scale": 2, "size": "u"},
+    "plainusr x4 s": {"scale": 4, "size": "s"},
     "dncnn": {"depth": 4, "width": 4},
     "dncnn shallowest": {"depth": 2, "width": 4, "channels": 3},
     "edsr x1": {"width": 4, "blocks": 2, "scale": 1},
@@ -21,7 +33,11 @@ SMALL = {
     "edsr x8": {"width": 4, "blocks": 1, "scale": 8},
     "mirnet": {"width": 8, "groups": 1, "blocks": 1},
 }
-GLOBAL = ("esa.conv4.weight", "CA.conv_du.2.weight", "fcs.0.weight", "fcs.1.weight", "fcs.2.weight")
+WINDOW_PX = dict.fromkeys(("rfdn", "rlfn", "bsrn", "bsrn-s"), 13) | {"plainusr": 12}
+"""Margin in the halo for attention on a coarse grid, which is switched off to measure the reach."""
+MASKS = ("excitate.weight", "c3_r.eval_conv.weight", "SA.spatial.conv.weight")
+GLOBAL = ("esa.conv4.weight", "conv_du.2.weight", "body.3.body.0.weight")
+GLOBAL += ("fcs.0.weight", "fcs.1.weight", "fcs.2.weight")
 """The last layers of what looks at the whole image: without them, it gives the same everywhere."""
 
 
@@ -70,10 +86,11 @@ def test_taps_are_submodules_that_give_features_in_the_order_named(network):
 
 def test_halo_is_how_far_an_output_pixel_sees(network):
     reach = _reach_px(network)
-    if network.facts.name == "rfdn":  # plus a margin for its attention, which is switched off here
-        assert reach == network.facts.halo_px - 13
+    halo = network.facts.halo_px
+    if network.facts.min_size_px > 1:
+        assert reach == halo - WINDOW_PX[network.facts.name]
     else:
-        assert network.facts.halo_px - 1 <= reach <= network.facts.halo_px
+        assert halo - 1 <= reach <= halo
 
 
 def _reach_px(network):
@@ -84,9 +101,9 @@ def _reach_px(network):
     for name, parameter in network.named_parameters():
         parameter.data = parameter.data.double().abs() + 0.01  # nothing cancels, no ReLU is shut
         if name.endswith(GLOBAL):
-            parameter.data.zero_()
-        if name.endswith("SA.spatial.conv.weight"):
-            parameter.data.mul_(1e-12)  # its sigmoid is not flat
+            parameter.data.zero_()  # a constant mask
+        if name.endswith(MASKS):
+            parameter.data.mul_(1e-30)  # a mask that is not flat
     network.double()
     multiple, scale = network.facts.size_multiple, network.facts.scale
     first = -(-(network.facts.halo_px + 2) // multiple) * multiple

@@ -31,7 +31,10 @@ def user_module(monkeypatch):
 
 
 def test_every_available_network_can_be_built_and_carries_facts():
-    assert set(available()) == {"dncnn", "edsr", "edsr-baseline", "mirnet", "rfdn", "srcnn"}
+    assert set(available()) == {
+        *("bsrn", "bsrn-s", "carn-m", "dncnn", "edsr", "edsr-baseline", "fmen", "imdn"),
+        *("mirnet", "plainusr", "rfdn", "rlfn", "span", "srcnn"),
+    }
     for name, description in available().items():
         assert isinstance(build(name).facts, ModelFacts)
         assert description
@@ -49,15 +52,23 @@ def test_options_reach_the_network():
 @pytest.mark.parametrize(
     ("name", "options", "message"),
     [
-        ("rfnd", {}, "did you mean 'rfdn'"),
+        ("rfdnn", {}, "did you mean 'rfdn'"),
         ("RFDN", {}, "did you mean 'rfdn'"),
-        ("zzz", {}, "known: dncnn, edsr, edsr-baseline, mirnet, rfdn, srcnn"),
+        ("zzz", {}, "known: bsrn, bsrn-s, carn-m, dncnn, edsr, edsr-baseline, fmen, imdn"),
         ("rfdn", {"depth": 3}, "no option 'depth'; it has: scale, width, blocks, value_range"),
         ("rfdn", {"scale": 0}, "'scale' of network 'rfdn' must be a whole number >= 1, got 0"),
         ("rfdn", {"scale": 2.0}, "must be a whole number"),
         ("rfdn", {"blocks": True}, "must be a whole number"),
         ("rfdn", {"value_range": "255"}, "must be a number, got '255'"),
         ("rfdn", {"value_range": 127.0}, "value_range must be 1.0 or 255.0"),
+        ("rlfn", {"value_range": 100.0}, "value_range must be 1.0 or 255.0"),
+        ("bsrn", {"width": 3}, "BSRN needs width >= 4"),
+        ("bsrn-s", {"width": 3}, "BSRN-S needs width >= 4"),
+        ("carn-m", {"scale": 8}, "CARN-M enlarges by 2, 3 or 4, got scale 8"),
+        ("carn-m", {"width": 30}, "CARN-M needs a width that is a multiple of 4, got 30"),
+        ("imdn", {"width": 30}, "IMDN needs a width that is a multiple of 4, got 30"),
+        ("span", {"blocks": 1}, "SPAN needs blocks >= 2"),
+        ("plainusr", {"size": "xl"}, "PlainUSR comes in the sizes u, t, s, m, got 'xl'"),
         ("dncnn", {"channels": 4}, "channels must be 1"),
         ("dncnn", {"depth": 1}, "depth >= 2"),
     ],

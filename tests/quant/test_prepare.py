@@ -14,6 +14,7 @@ from sparkir.errors import SparkirError
 from sparkir.models.facts import ModelFacts
 from sparkir.models.registry import available
 from sparkir.quant.calibrate import activation_quantizers
+from sparkir.quant.layers import PassThrough, Table
 from sparkir.quant.prepare import example_px, placement_of, prepare
 from sparkir.quant.quantizer import ActivationQuantizer
 from sparkir.quant.spec import QuantSpec
@@ -157,6 +158,27 @@ def test_parts_of_a_concatenation_share_one_grid():
     assert grids_of(student, "operations.cat") == ["quantizers.cat"] * 4
     calls = Counter(str(n.target) for n in student.graph.nodes)
     assert calls["quantizers.cat"] == 5  # the parts and the whole
+
+
+def test_concatenations_that_share_a_part_share_one_grid():
+    student = prepare(CASES["dense"].network(), W4A4)
+    calls = [str(n.target) for n in student.graph.nodes if str(n.target).startswith("operations")]
+    cats = [name for name in calls if name.startswith("operations.cat")]
+    assert len(cats) == 3
+    shared = {name: set(grids_of(student, name)) for name in cats}
+    assert shared["operations.cat"] == shared["operations.cat_1"] == {"quantizers.cat_1"}
+    # The last one is read at 8 bits, by the last layer.
+    assert shared["operations.cat_2"] == {"quantizers.cat_2"}
+
+
+def test_a_relu_before_a_concatenation_comes_before_its_grid_where_kernels_fuse():
+    network = CASES["relu into concatenation"].network()
+    for target, operation in (("onnxruntime", PassThrough), ("openvino", Table)):
+        student = prepare(network, QuantSpec(target=target))
+        (relu,) = [n for n in student.graph.nodes if n.target == "operations.relu"]
+        assert isinstance(student.get_submodule("operations.relu"), operation)
+        (grid,) = [str(user.target) for user in relu.users]
+        assert grid == "quantizers.cat"
 
 
 def test_a_grid_shared_with_negative_values_absorbs_no_relu():

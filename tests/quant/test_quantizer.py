@@ -169,6 +169,18 @@ def test_the_gradient_scale_counts_every_value(value, count):
     assert gradient == pytest.approx(float(quantizer.log_scale.grad) / math.sqrt(count * 15))
 
 
+def test_processes_that_share_a_batch_average_to_its_gradient():
+    """Each takes the mean over its half; the gradient scale must count the values of both."""
+    batch, steps = torch.randn(4, 3, 5, 5), []
+    for parts, ranks in ((batch.split(4), 1), (batch.split(2), 2)):
+        quantizer = ActivationQuantizer(bits=4)
+        quantizer.ranks = ranks
+        for part in parts:
+            (quantizer(part).dequantize().square().mean() / ranks).backward()
+        steps.append(float(quantizer.log_scale.grad))
+    assert steps[1] == pytest.approx(steps[0])
+
+
 def test_scale_gradient_changes_the_gradient_alone():
     x = torch.tensor(0.37, requires_grad=True)
     y = scale_gradient(x, 0.01)

@@ -8,7 +8,7 @@ from toys import CASES, images
 
 from sparkir.quant.arithmetic import exact_rounding, to_multiple, to_odd_fraction, to_power_of_two
 from sparkir.quant.calibrate import calibrate
-from sparkir.quant.layers import QuantLayer
+from sparkir.quant.layers import IMAGE_PARTS, QuantLayer
 from sparkir.quant.prepare import prepare
 from sparkir.quant.quantizer import ActivationQuantizer
 from sparkir.quant.reference import freeze
@@ -46,6 +46,28 @@ def test_odd_fractions_keep_every_sum_away_from_ties():
         assert abs(fraction / float(ratio) - 1) < 0.009
         nearest = min(abs(2 * s * power % (2 * odd) - odd) for s in range(-500, 500))
         assert nearest >= 1  # in halves of 1 / odd
+
+
+def test_sums_that_reach_the_image_keep_away_from_ties():
+    """Added and divided in float32 in three ways, against whole numbers."""
+    step = torch.tensor(1 / 255)
+    part = step / IMAGE_PARTS
+    draw = torch.Generator().manual_seed(0)
+    for first, second in ((1, 1), (7, 113), (1023, 2)):  # parts to a sum's step
+        top = 255 * IMAGE_PARTS
+        a = torch.randint(-top // first, top // first, (200_000,), generator=draw)
+        b = torch.randint(0, top // second, (200_000,), generator=draw)
+        whole = a * first + b * second
+        nearest = torch.div(2 * whole + IMAGE_PARTS, 2 * IMAGE_PARTS, rounding_mode="floor")
+        assert ((2 * whole - (2 * nearest - 1) * IMAGE_PARTS).abs() >= 1).all()  # odd: no ties
+        x, y = a * (first * part), b * (second * part)
+        for found in (
+            (x + y) / step,
+            (x + y) * (1 / step),
+            torch.addcmul(x, b, second * part) * 255,
+        ):
+            kept = nearest.abs() <= 256
+            assert torch.equal(found.round()[kept], nearest[kept].float())
 
 
 @pytest.mark.parametrize(("case", "target"), list(itertools.product(CASES, ANY_ORDER)))
@@ -88,3 +110,14 @@ def test_without_such_a_target_steps_are_free():
             assert not module.flows_to
         if isinstance(module, ActivationQuantizer):
             assert not module.power_of_two
+
+
+def test_what_is_added_into_the_image_counts_odd_parts_of_its_step():
+    torch.manual_seed(0)
+    student = prepare(CASES["plainusr"].network(), QuantSpec(target="openvino"))
+    calibrate(student, [images(CASES["plainusr"].network())])
+    for name in ("tail", "tail_image"):
+        layer = freeze(student).get_submodule(name)
+        parts = layer.sum_scale.double() * 255 * IMAGE_PARTS
+        assert (parts - parts.round()).abs().max() < 1e-3
+        assert parts.min() > 0.5

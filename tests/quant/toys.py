@@ -80,6 +80,20 @@ class ReLUIntoConcatenation(Toy):
         return torch.cat([x, self.relu(self.middle(x))], 1)
 
 
+class Dense(Toy):
+    """Every step reads all results so far."""
+
+    def __init__(self):
+        super().__init__(tail_inputs=3 * WIDTH)
+        self.first, self.second = convolution(WIDTH, WIDTH), convolution(2 * WIDTH, WIDTH)
+
+    def body(self, x):
+        a = self.relu(self.first(x))
+        b = self.relu(self.second(torch.cat([a, x], 1)))
+        c = self.middle(torch.cat([a, x, b], 1)[:, WIDTH : 2 * WIDTH])
+        return torch.cat([a, b, c], 1)
+
+
 class ConcatenationWithConstant(Toy):
     def __init__(self):
         super().__init__(tail_inputs=2 * WIDTH)
@@ -278,6 +292,47 @@ class Attentions(Toy):
         return self.fuse([x, self.unit(first)])
 
 
+class Slices(Toy):
+    """Channels taken apart and put together again; and a border cut off, whose width is data."""
+
+    def __init__(self):
+        super().__init__()
+        self.first = convolution(WIDTH // 2, WIDTH // 2)
+
+    def body(self, x):
+        x = torch.cat([self.first(x[:, : WIDTH // 2]), x[:, WIDTH // 2 :]], dim=1)
+        return x[..., : x.size(3)]
+
+
+class Curves(Toy):
+    """Functions of one value, as modules and as functions."""
+
+    def __init__(self):
+        super().__init__()
+        self.gelu, self.silu = nn.GELU(), nn.SiLU()
+
+    def body(self, x):
+        return F.silu(self.middle(self.gelu(x))) + self.silu(x) * F.gelu(x)
+
+
+class Statistics(nn.Module):
+    """Multiplies tensors inside, which would be put on grids if it were looked into."""
+
+    stays_in_float = "for a reason of its own"
+
+    def forward(self, x):
+        return (x * x.sigmoid()).mean((2, 3), keepdim=True)
+
+
+class WholeInFloat(Toy):
+    def __init__(self):
+        super().__init__()
+        self.statistics = Statistics()
+
+    def body(self, x):
+        return self.middle(x * self.statistics(x))
+
+
 class KeywordCalls(Toy):
     def __init__(self):
         super().__init__(tail_inputs=2 * WIDTH)
@@ -320,17 +375,45 @@ class ZeroTail(Toy):
         return self.tail(self.relu(self.head(x))) + x
 
 
+_LAST_LAYERS = {
+    "srcnn": "conv3",
+    "rfdn": "upsampler.0",
+    "rlfn": "upsampler.0",
+    "bsrn": "upsampler.upsampleOneStep.0",
+    "bsrn-s": "upsampler.upsampleOneStep.0",
+    "imdn": "model.2",
+    "fmen": "tail.0",
+    "span": "upsampler.0",
+}
+"""Of networks that do not add their output to something."""
+
+
+@torch.no_grad()
+def make_trained(network: nn.Module) -> None:
+    """Give a fresh network what training would: an output around grey, no dead ReLUs."""
+    name = network.facts.name
+    if name in _LAST_LAYERS:
+        last = network.get_submodule(_LAST_LAYERS[name])
+        last.bias.fill_(network.facts.value_range / 2)
+    if name == "carn-m":  # its groups are of two channels here
+        for layer in network.modules():
+            if isinstance(layer, nn.Conv2d) and layer.groups > 1:
+                layer.bias.fill_(0.2)
+    if name == "span":  # its first layer reads [0, 255]
+        network.conv_1.eval_conv.weight.mul_(0.01)
+    if name == "plainusr":  # a dim image, and a little of the rest
+        for weight in (network.head_image.weight, network.tail_image.weight):
+            weight.lerp_(weight.round(), 0.8).mul_(0.5)
+        network.tail.bias.fill_(0.4)
+        network.tail.weight.mul_(0.2)
+
+
 def shipped(name: str, **options) -> Callable[[], nn.Module]:
-    """A registered network whose output lies around grey, as a trained one's does."""
+    """A registered network as if it were trained."""
 
     def make() -> nn.Module:
         network = build(name, **options)
-        grey = network.facts.value_range / 2
-        with torch.no_grad():
-            if name == "srcnn":
-                network.conv3.bias.fill_(grey)
-            elif name == "rfdn":
-                network.upsampler[0].bias.fill_(grey)
+        make_trained(network)
         return network
 
     return make
@@ -354,12 +437,16 @@ class Case:
 _NO_KERNEL = "no integer kernel"
 _CONSTANT = "constant"
 _EXPONENTIAL = "an exponential"
+_PLAIN_EDGES = {"head", "head_image", "tail", "tail_image"}
+_INTERPOLATION = {"interpolate": "between grid points"}
+_UPSCALING = {"conv2d": "constants"}
 
 CASES: dict[str, Case] = {
     "plain": Case(Plain),
     "residual": Case(ResidualThenReLU),
     "concatenation": Case(MixedConcatenation),
     "relu into concatenation": Case(ReLUIntoConcatenation),
+    "dense": Case(Dense),
     "concatenation with constant": Case(
         ConcatenationWithConstant,
         left_in_float={"mean": _NO_KERNEL, "cat": _CONSTANT},
@@ -399,7 +486,7 @@ CASES: dict[str, Case] = {
     "in place concatenation": Case(InPlaceConcatenation),
     "relu beside another": Case(ReLUBesideAnother),
     "unused branch": Case(UnusedBranch, not_layers={"middle"}),
-    "halves": Case(Halves),
+    "halves": Case(Halves, rewritten=True),
     "called twice": Case(CalledTwice, more_layers={"middle_call2": False}),
     "scaled": Case(Scaled, rewritten=True),
     "resized": Case(
@@ -426,6 +513,9 @@ CASES: dict[str, Case] = {
         ),
         rewritten=True,
     ),
+    "slices": Case(Slices, not_layers={"middle"}),
+    "curves": Case(Curves),
+    "whole in float": Case(WholeInFloat, left_in_float={"statistics": "a reason of its own"}),
     "keyword calls": Case(KeywordCalls),
     "edges in four": Case(EdgesInFour, not_layers={"middle"}),
     "dead channels": Case(DeadChannels),
@@ -442,7 +532,40 @@ CASES: dict[str, Case] = {
     "rfdn": Case(
         shipped("rfdn", width=8, blocks=1, scale=2),
         {"fea_conv", "upsampler.0"},
-        {"interpolate": "between grid points"},
+        _INTERPOLATION,
+    ),
+    "rlfn": Case(
+        shipped("rlfn", width=8, blocks=1, scale=2),
+        {"conv_1", "upsampler.0"},
+        _INTERPOLATION,
+    ),
+    "bsrn": Case(
+        shipped("bsrn", width=16, blocks=1, scale=2),
+        {"fea_conv.pw", _LAST_LAYERS["bsrn"]},
+        _INTERPOLATION | {"B1.cca.contrast": "statistics of the whole image"},
+    ),
+    "bsrn-s": Case(
+        shipped("bsrn-s", width=8, blocks=1, scale=2),
+        {"fea_conv.pw", _LAST_LAYERS["bsrn-s"]},
+        _INTERPOLATION,
+    ),
+    "carn-m": Case(shipped("carn-m", width=8, scale=2), {"entry", "exit"}, {"sub": "subtraction"}),
+    "fmen": Case(shipped("fmen", width=8, blocks=1, scale=2), {"head", "tail.0"}),
+    "span": Case(
+        shipped("span", width=8, cat_width=8, blocks=2, scale=2),
+        {"conv_1.eval_conv", "upsampler.0"},
+        {"sub": "subtraction", "mul": _CONSTANT},
+    ),
+    "imdn": Case(shipped("imdn", width=8, blocks=1, scale=2), {"model.0", "model.2"}),
+    "plainusr": Case(shipped("plainusr", size="u", scale=2), _PLAIN_EDGES),
+    "plainusr with pooling": Case(
+        shipped("plainusr", size="s", scale=2),
+        _PLAIN_EDGES,
+        dict.fromkeys((f"block{n}.body.3.body.1" for n in "12m34"), "an exponential")
+        | dict.fromkeys((f"block{n}.body.3.modulation" for n in "12m34"), "between grid points")
+        | dict.fromkeys(
+            ("interpolate", *(f"interpolate_{n}" for n in range(1, 5))), "between grid points"
+        ),
     ),
 }
 

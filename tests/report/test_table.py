@@ -41,7 +41,7 @@ def test_the_values_hold_the_means_and_every_image():
     values = row(size_bytes=7).as_values()
     assert values["psnr_db"] == pytest.approx(30.5)
     assert values["ssim"] == pytest.approx(0.85)
-    assert values["scores"][1] == {"name": "two", "psnr_db": 31.0, "ssim": 0.8}
+    assert values["scores"][1] == {"name": "two", "psnr_db": 31.0, "ssim": 0.8, "lpips": None}
     assert (values["name"], values["arithmetic"], values["size_bytes"]) == (
         "QAT W4A4",
         "integer",

@@ -13,6 +13,7 @@ from sparkir.spark.weighting import (
     Constant,
     Fixed,
     Random,
+    Spark,
     SparkPaper,
     Weighting,
     to_pixels,
@@ -39,7 +40,11 @@ class TestEverySource:
             assert weights.shape == (2, 1, *size)
             assert weights.dtype == torch.float32
             assert not weights.requires_grad
-            assert 0 <= weights.min() <= weights.max() <= 1
+            assert weights.min() >= 0
+            if name == "spark":  # an allocation: what one place gains, another loses
+                assert weights.mean() == pytest.approx(1, abs=0.01)
+            else:
+                assert weights.max() <= 1
 
     @pytest.mark.parametrize("name", weightings())
     def test_survives_flat_images(self, name):
@@ -50,11 +55,12 @@ class TestEverySource:
     def test_only_the_policy_learns(self, name):
         source = weighting(name)
         assert any(map(source.learns_at, range(20))) == (name == "spark-paper")
-        assert bool(list(source.parameters())) == (name == "spark-paper")
+        assert any(map(source.wants_credit_at, range(20))) == (name == "spark")
+        assert bool(list(source.parameters())) == name.startswith("spark")
 
     def test_names(self):
         fixed = {f"fixed:{name}" for name in FEATURES}
-        plain = {"uniform", "constant", "random", "confidence", "spark-paper"}
+        plain = {"uniform", "constant", "random", "confidence", "spark-paper", "spark"}
         assert set(weightings()) >= fixed | plain
         for index, name in enumerate(FEATURES):
             source = weighting(f"fixed:{name}", mean=0.25)
@@ -72,6 +78,8 @@ class TestEverySource:
             Weighting()(*images)
         with pytest.raises(NotImplementedError):
             Weighting().learn(torch.zeros(4))
+        with pytest.raises(NotImplementedError):
+            Weighting().learn_credit(torch.zeros(2, 1, 8, 8))
 
 
 def test_to_pixels_is_bilinear_between_the_centres_of_cells():
@@ -352,3 +360,75 @@ def assert_equal(a, b):
         assert torch.equal(a, b)
     else:
         assert a == b
+
+
+@pytest.mark.usefixtures("on_the_grid")
+class TestSpark:
+    def test_starts_uniform(self, images):
+        spark = Spark().train()
+        assert (spark(*images) == 1).all()
+        assert (spark.eval()(*images) == 1).all()
+
+    @pytest.mark.parametrize("sign", [1, -1])
+    def test_follows_the_credit_that_only_the_features_show(self, sign):
+        spark = Spark().train()
+        for _ in range(200):
+            quadrant = torch.randint(4, (16,))
+            spark(*images_wrong_in(quadrant))
+            spark.learn_credit(sign * (QUADRANTS[quadrant][8:] - 0.25))
+        quadrant = torch.arange(16) % 4
+        weights = spark.eval()(*images_wrong_in(quadrant))
+        assert (sign * contrast(weights, quadrant)).min() > 0.5
+        torch.testing.assert_close(weights.mean((1, 2, 3)), torch.ones(16))
+
+    def test_stays_uniform_where_credit_is_noise(self):
+        spark = Spark().train()
+        for _ in range(200):
+            quadrant = torch.randint(4, (16,))
+            spark(*images_wrong_in(quadrant))
+            spark.learn_credit(torch.randn(8, 1, 8, 8))
+        weights = spark.eval()(*images_wrong_in(torch.arange(16) % 4))
+        assert (weights - 1).abs().mean() < 0.15
+
+    def test_no_credit_is_no_step_away(self, images):
+        spark = Spark().train()
+        spark(*images)
+        log = spark.learn_credit(torch.zeros(2, 1, 8, 8))
+        assert all(math.isfinite(value) for value in log.values())
+        assert (spark.eval()(*images) == 1).all()
+
+    def test_one_step_against_a_slow_reference(self, images):
+        """The gradient of mean(W * c) - bonus * mean(W log W), W written out as softmax."""
+        spark = Spark(entropy_bonus=0.1).train()
+        with torch.no_grad():
+            for parameter in spark.policy.body.parameters():
+                parameter.add_(0.1 * torch.randn_like(parameter))
+        expected = copy.deepcopy(spark.policy)
+        spark(*images)
+        features, credit = spark._features[2:], torch.randn(2, 1, 8, 8) * 1e-5
+        log = spark.learn_credit(credit)
+        wish = 1.5 * torch.tanh(expected(features)[0] / 1.5)
+        weights = torch.softmax(wish.flatten(1), 1) * 64
+        standard = credit.flatten(1) / credit.square().mean().sqrt()
+        loss = 0.1 * (weights * weights.log()).mean() - (weights * standard).mean()
+        loss.backward()
+        assert log["policy_loss"] == pytest.approx(loss.item(), abs=1e-5)
+        for a, b in zip(spark.policy.body.parameters(), expected.body.parameters(), strict=True):
+            torch.testing.assert_close(a.grad, b.grad, rtol=1e-3, atol=1e-6)
+
+    def test_state_dict_round_trip_goes_on_identically(self, images):
+        def advance(spark, steps):
+            for _ in range(steps):
+                spark(*images)
+                spark.learn_credit(torch.randn(2, 1, 8, 8))
+
+        original, restored = Spark().train(), Spark().train()
+        advance(original, 5)
+        file = io.BytesIO()
+        torch.save(original.state_dict(), file)
+        file.seek(0)
+        restored.load_state_dict(torch.load(file, weights_only=True))
+        for spark in (original, restored):
+            torch.manual_seed(3)
+            advance(spark, 5)
+        assert_equal(original.state_dict(), restored.state_dict())

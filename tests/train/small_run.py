@@ -17,12 +17,15 @@ from torch import nn
 
 from sparkir.data.degrade import bicubic_resize
 from sparkir.data.pairs import PairStore, PatchSampler
+from sparkir.distill.method import Setting
+from sparkir.distill.methods import method
 from sparkir.distill.task import DistillationTask
 from sparkir.models.edsr import EDSR
 from sparkir.quant.calibrate import calibrate
 from sparkir.quant.prepare import prepare
 from sparkir.quant.spec import QuantSpec
 from sparkir.spark.weighting import weighting
+from sparkir.train.distribute import Devices
 from sparkir.train.loop import LoopSettings, train
 from sparkir.train.optimize import build_average, build_optimizer
 from sparkir.train.state import TrainState
@@ -51,6 +54,7 @@ class Run:
     checkpoint: Path
     events: list[dict[str, Any]] = field(default_factory=list)
     evaluate: Callable[[nn.Module], float] = lambda network: 1.0
+    devices: Devices = field(default_factory=Devices)
 
     def train(self, stop_requested: Callable[[], bool] = lambda: False) -> "Run":
         train(
@@ -61,11 +65,14 @@ class Run:
             evaluate=self.evaluate,
             report=self.events.append,
             stop_requested=stop_requested,
+            devices=self.devices,
         )
         return self
 
     def resume(self) -> "Run":
-        self.state.load(self.checkpoint)
+        if self.devices.first:
+            self.state.load(self.checkpoint)
+        self.devices.agree(self.state)
         return self
 
     def of_kind(self, kind: str) -> list[dict[str, Any]]:
@@ -94,9 +101,13 @@ def small_run(
     options: dict[str, Any] | None = None,
     learning_rate: float = 1e-3,
     optimizer: str = "adam",
+    name: str = "kd",
+    batch: int = 2,
+    devices: Devices | None = None,
     **settings: Any,
 ) -> Run:
     """Put a run together; `seed` is of the student and all that is drawn, not of the teacher."""
+    devices = devices or Devices()
     torch.manual_seed(1000)
     teacher = EDSR(scale=2, width=8, blocks=1)
     torch.manual_seed(seed)
@@ -104,26 +115,37 @@ def small_run(
     random.seed(seed)
     student: nn.Module = EDSR(scale=2, width=4, blocks=1)
     data = pairs()
+    crops = PatchSampler(data, patch_px=12, batch=4, seed=seed + 1).next()[0].float()
     if bits is not None:
         student = prepare(student, QuantSpec(weight_bits=bits, activation_bits=bits))
-        crops = PatchSampler(data, patch_px=12, batch=4, seed=seed + 1)
-        calibrate(student, [crops.next()[0].float()])
+        calibrate(student, [crops])
     weights = weighting(source, **(options or {}))
-    task = DistillationTask(student, teacher if distill else None, weighting=weights)
+    setting = Setting(student=student, teacher=teacher, examples=[crops / 255], steps=steps)
+    task = DistillationTask(
+        student,
+        teacher if distill else None,
+        weighting=weights,
+        method=method(name, setting),
+    )
     state = TrainState(
         student=student,
         weighting=weights,
+        method=task.method,
         optimizer=build_optimizer(
             student,
             name=optimizer,
             learning_rate=learning_rate,
             grid_learning_rate=2e-3,
             weight_decay=1e-4,
+            beside=task.method.parameters(),
         ),
-        sampler=PatchSampler(data, patch_px=8, batch=2, seed=seed),
+        sampler=PatchSampler(
+            data, patch_px=8, batch=batch, seed=seed, rank=devices.rank, ranks=devices.ranks
+        ),
         average=build_average(student, ema),
     )
-    return Run(task, state, LoopSettings(steps=steps, **settings), folder / "last.pt")
+    checkpoint = folder / "last.pt"
+    return Run(task, state, LoopSettings(steps=steps, **settings), checkpoint, devices=devices)
 
 
 def assert_same(a: Any, b: Any, place: str = "state") -> None:

@@ -56,6 +56,13 @@ def test_file_holds_nothing_but_tensors_and_plain_values(trained):
     torch.load(trained.checkpoint, weights_only=True)
 
 
+def test_checkpoint_from_before_there_were_methods(trained):
+    saved = torch.load(trained.checkpoint, weights_only=True)
+    assert saved.pop("method") == {}
+    torch.save(saved, trained.checkpoint)
+    trained.resume()
+
+
 def test_teacher_is_not_saved(trained):
     values = torch.load(trained.checkpoint, weights_only=True)
     assert not any("teacher" in key for key in values["student"])
@@ -106,6 +113,7 @@ class TestAnotherRun:
             {"source": "uniform", "options": None},
             {"options": {"reward_every": 2, "sigma": 0.3}},  # fits, and is overwritten
             {"ema": 0.0},
+            {"name": "fitnet"},
         ],
     )
     def test_of_other_parts(self, trained, tmp_path, change):

@@ -50,10 +50,15 @@ def read_image(path: Path) -> UInt8[np.ndarray, "h w 3"]:
 def decoded_bytes(path: Path) -> int:
     """How many bytes `read_image` would return, from the header alone; 0 for an unreadable file."""
     try:
-        with _opened(path) as image:
-            return 3 * math.prod(image.size)
+        return 3 * math.prod(image_size(path))
     except SparkirError:
         return 0
+
+
+def image_size(path: Path) -> tuple[int, int]:
+    """Width and height as stored, from the header alone; SparkirError as `read_image`."""
+    with _opened(path) as image:
+        return image.size
 
 
 def write_png(path: Path, image: UInt8[np.ndarray, "h w 3"]) -> None:

@@ -124,15 +124,15 @@ class JpegCompression:
         return low == high
 
     def __call__(
-        self, hr: UInt8[np.ndarray, "h w 3"], rng: np.random.Generator
-    ) -> UInt8[np.ndarray, "h w 3"]:
-        """See `Degradation`."""
+        self, hr: UInt8[np.ndarray, "h w c"], rng: np.random.Generator
+    ) -> UInt8[np.ndarray, "h w c"]:
+        """See `Degradation`; one channel becomes a grey JPEG."""
         low, high = _range(self.quality)
         quality = int(rng.integers(low, high, endpoint=True))
         file = io.BytesIO()
-        image = Image.fromarray(np.ascontiguousarray(hr))
+        image = Image.fromarray(np.ascontiguousarray(hr[:, :, 0] if hr.shape[2] == 1 else hr))
         image.save(file, format="JPEG", quality=quality, subsampling="4:2:0")
-        return np.array(Image.open(file))
+        return np.array(Image.open(file)).reshape(hr.shape)
 
 
 def mod_crop(image: UInt8[np.ndarray, "H W c"], multiple: int) -> UInt8[np.ndarray, "h w c"]:

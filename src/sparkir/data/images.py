@@ -14,6 +14,7 @@ import numpy as np
 from jaxtyping import UInt8
 
 from sparkir.data.atomic import atomic_folder, synced_file
+from sparkir.data.blocks import is_blocks, read_blocks
 from sparkir.data.codec import decoded_bytes, one_line, read_image, write_png
 from sparkir.errors import SparkirError
 
@@ -99,23 +100,28 @@ class ImageStore:
         paths: Sequence[Path],
         *,
         cache: Path,
+        names: Sequence[str] | None = None,
         skip_broken: bool = False,
         progress: Progress | None = None,
     ) -> "ImageStore":
         """Open the store of these files in the folder ``cache``, decoding them if it is not there.
 
-        The store is known by the files' absolute paths, sizes and modification times, in order.
-        ``progress`` is called after each decoded file, and not at all when the store exists.
+        The store is known by the files' absolute paths, sizes and modification times, in order,
+        and by ``names``, which take the place of the stems. A file of blocks (see `read_blocks`)
+        gives an image for each, named ``NAME-SCENE-BLOCK``. ``progress`` is called after each
+        decoded file, and not at all when the store exists.
 
         Raises:
             SparkirError: a file cannot be read (unless ``skip_broken``), none can, two in one
                 folder share a stem, or the cache cannot be written (the bytes needed are named).
         """
         check_stems(paths)
-        folder = cache / f"images-{_hash([_FORMAT, *map(_identity, paths)])}"
+        named = [] if names is None else [list(names)]
+        folder = cache / f"images-{_hash([_FORMAT, *map(_identity, paths), *named])}"
         if not folder.is_dir():
             skipped: list[str] = []
-            images = _decoded(paths, skipped if skip_broken else None, progress)
+            files = list(zip(names or [path.stem for path in paths], paths, strict=True))
+            images = _decoded(files, skipped if skip_broken else None, progress)
             _write(folder, images, skipped, lambda: sum(map(decoded_bytes, paths)))
         store = cls(folder)
         if store.skipped and not skip_broken:  # it was built by a more lenient run
@@ -171,20 +177,30 @@ def _identity(path: Path) -> tuple[str, int, int]:
 
 
 def _decoded(
-    paths: Sequence[Path], skipped: list[str] | None, progress: Progress | None
+    files: Sequence[tuple[str, Path]], skipped: list[str] | None, progress: Progress | None
 ) -> Iterator[tuple[str, UInt8[np.ndarray, "_h _w 3"]]]:
     """Yield name and image of each readable file; broken ones go to ``skipped``, or raise."""
-    for done, path in enumerate(paths, start=1):
+    for done, (name, path) in enumerate(files, start=1):
         try:
-            image = read_image(path)
+            images = _images_of(name, path)
         except SparkirError as error:
             if skipped is None:
                 raise SparkirError(f"{error}, {_HOW_TO_SKIP}") from error
             skipped.append(str(error))
         else:
-            yield path.stem, image
+            yield from images
         if progress is not None:
-            progress(done, len(paths))
+            progress(done, len(files))
+
+
+def _images_of(name: str, path: Path) -> list[tuple[str, UInt8[np.ndarray, "_h _w 3"]]]:
+    if not is_blocks(path):
+        return [(name, read_image(path))]
+    return [
+        (f"{name}-{scene:02d}-{block:02d}", image)
+        for scene, blocks in enumerate(read_blocks(path), start=1)
+        for block, image in enumerate(blocks, start=1)
+    ]
 
 
 def _counted(

@@ -1,5 +1,8 @@
 """Which file of one folder belongs to which of another, and by what scale they differ."""
 
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -8,14 +11,32 @@ from jaxtyping import UInt8
 from sparkir.data.images import check_stems, find_images
 from sparkir.errors import SparkirError
 
+_ADDED = re.compile(r"^(no)?rain-|x[2348]$")
+"""What sets add to a stem: `norain-7x2` and `norain-7`, `0001x4` and `0001` are one image."""
 
-def partners(input_dir: Path, target_dir: Path) -> tuple[list[Path], list[Path]]:
-    """The images of two folders, both sorted by stem, so that those at one place are a pair.
+
+@dataclass(frozen=True, kw_only=True)
+class PairFiles:
+    """A degraded image and its ground truth."""
+
+    name: str
+    input: Path
+    target: Path
+
+
+def partners(input_dir: Path, target_dir: Path) -> list[PairFiles]:
+    """The images of two folders that have the same stem, sorted by it.
+
+    If the stems do not agree, they are compared without what some sets add to them.
 
     Raises:
         SparkirError: as `find_images` and `check_stems`, or a file is alone.
     """
     inputs, targets = _by_stem(input_dir), _by_stem(target_dir)
+    if inputs.keys() != targets.keys():
+        plain_inputs, plain_targets = _without_added(inputs), _without_added(targets)
+        if plain_inputs and plain_inputs.keys() == plain_targets.keys():
+            inputs, targets = plain_inputs, plain_targets
     for files, others, other_dir in (
         (inputs, targets, target_dir),
         (targets, inputs, input_dir),
@@ -26,8 +47,7 @@ def partners(input_dir: Path, target_dir: Path) -> tuple[list[Path], list[Path]]
                 f"{files[alone[0]]} has no partner named {alone[0]!r} in {other_dir} "
                 f"({len(alone)} of {len(files)} files have none); add it or remove the file"
             )
-    names = sorted(inputs)
-    return [inputs[name] for name in names], [targets[name] for name in names]
+    return [PairFiles(name=n, input=inputs[n], target=targets[n]) for n in sorted(inputs)]
 
 
 def checked_scale(
@@ -60,3 +80,9 @@ def _by_stem(folder: Path) -> dict[str, Path]:
     paths = find_images(folder)
     check_stems(paths)
     return {path.stem: path for path in paths}
+
+
+def _without_added(files: Mapping[str, Path]) -> dict[str, Path]:
+    """The same files by shorter stems; empty if two would get the same one."""
+    plain = {_ADDED.sub("", stem): path for stem, path in files.items()}
+    return plain if len(plain) == len(files) else {}

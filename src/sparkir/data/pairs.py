@@ -4,7 +4,7 @@ import hashlib
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -12,12 +12,15 @@ from jaxtyping import UInt8
 from torch import Tensor
 
 from sparkir.data.degrade import Degradation, mod_crop
+from sparkir.data.grey import OfGrey, to_grey
 from sparkir.data.images import ImageStore, Progress
-from sparkir.data.matching import checked_scale, partners, size_text
+from sparkir.data.matching import PairFiles, checked_scale, partners, size_text
+from sparkir.data.outputs import OutputStore, loaded
 from sparkir.errors import SparkirError
 
 Pair = tuple[UInt8[np.ndarray, "h w 3"], UInt8[np.ndarray, "H W 3"]]
-Batch = tuple[UInt8[Tensor, "b 3 p p"], UInt8[Tensor, "b 3 P P"]]
+Batch = tuple[Tensor, ...]
+"""lq (b, 3, p, p) and gt (b, 3, P, P), uint8; perhaps what the teacher made of lq, float32."""
 
 
 class PairStore:
@@ -27,6 +30,7 @@ class PairStore:
         names: the stem of each pair's ground truth.
         scale: side of gt / side of lq, exactly, for every pair.
         skipped: one message for each file that could not be read.
+        identity: files and degradation in one word; "" if degraded images are drawn anew each time.
     """
 
     def __init__(
@@ -37,12 +41,14 @@ class PairStore:
         lq: Sequence[UInt8[np.ndarray, "_h _w 3"]] | Degradation,
         scale: int,
         skipped: Sequence[str] = (),
+        identity: str = "",
     ) -> None:
         """Hold images that fit already; `from_images` and `from_folders` make them fit."""
         assert len(names) == len(gt) > 0
         self.names = tuple(names)
         self.scale = scale
         self.skipped = tuple(skipped)
+        self.identity = identity
         self._gt = tuple(gt)
         self._lq = lq
 
@@ -53,19 +59,23 @@ class PairStore:
         degradation: Degradation,
         *,
         cache: Path,
+        grey: bool = False,
         skip_broken: bool = False,
         progress: Progress | None = None,
     ) -> "PairStore":
         """Degrade clean images, cropped at the bottom and right to multiples of the scale.
 
         A fixed degradation is computed once for each whole image and kept in ``cache``; a random
-        one is drawn anew for each training crop, and repeatably for whole images. ``progress``
-        counts the decoded images, then from the start again the degraded ones.
+        one is drawn anew for each training crop, and repeatably for whole images. With ``grey``
+        the images are made grey (see `to_grey`) before they are degraded. ``progress`` counts the
+        decoded images, then from the start again the degraded ones.
 
         Raises:
             SparkirError: as `ImageStore.build`, or an image is smaller than the scale.
         """
         images = ImageStore.build(paths, cache=cache, skip_broken=skip_broken, progress=progress)
+        if grey:
+            images, degradation = _grey(images), OfGrey(degradation)
         scale = degradation.scale
         for name, image in zip(images.names, images, strict=True):
             if min(image.shape[:2]) < scale:
@@ -73,8 +83,12 @@ class PairStore:
                     f"image {name} is only {size_text(image)}, for scale {scale}; remove it"
                 )
         gt = [mod_crop(image, scale) for image in images]
-        lq = list(_degraded(images, degradation, progress)) if degradation.fixed else degradation
-        return cls(names=images.names, gt=gt, lq=lq, scale=scale, skipped=images.skipped)
+        options: dict[str, Any] = {"names": images.names, "gt": gt, "scale": scale}
+        options["skipped"] = images.skipped
+        if not degradation.fixed:
+            return cls(lq=degradation, **options)
+        lq = _degraded(images, degradation, progress)
+        return cls(lq=list(lq), identity=lq.folder.name, **options)
 
     @classmethod
     def from_folders(
@@ -87,31 +101,61 @@ class PairStore:
         skip_broken: bool = False,
         progress: Progress | None = None,
     ) -> "PairStore":
-        """Pair the files of two folders that have the same stem.
+        """Pair the files of two folders that have the same stem; see `from_files`."""
+        return cls.from_files(
+            partners(input_dir, target_dir),
+            scale=scale,
+            cache=cache,
+            skip_broken=skip_broken,
+            progress=progress,
+        )
 
-        ``scale`` is found from the sizes when not given. With ``skip_broken``, a pair of which
-        either file cannot be read is left out. ``progress`` counts the inputs, then from the
-        start again the targets.
+    @classmethod
+    def from_files(
+        cls,
+        files: Sequence[PairFiles],
+        *,
+        scale: int | None = None,
+        cache: Path,
+        grey: bool = False,
+        skip_broken: bool = False,
+        progress: Progress | None = None,
+    ) -> "PairStore":
+        """Take pairs as they are, of files with different names.
+
+        ``scale`` is found from the sizes when not given. With ``grey`` both sides are made grey.
+        With ``skip_broken``, a pair of which either file cannot be read is left out.
+        ``progress`` counts the inputs, then from the start again the targets.
 
         Raises:
-            SparkirError: as `find_images` and `ImageStore.build`, or a file has no partner, or
-                the sides of a target are not ``scale`` times those of its input.
+            SparkirError: as `ImageStore.build`, or the sides of a target are not ``scale`` times
+                those of its input.
         """
-        files = partners(input_dir, target_dir)
+        names = [pair.name for pair in files]
         inputs, targets = (
-            ImageStore.build(paths, cache=cache, skip_broken=skip_broken, progress=progress)
-            for paths in files
+            ImageStore.build(
+                paths, cache=cache, names=names, skip_broken=skip_broken, progress=progress
+            )
+            for paths in ([pair.input for pair in files], [pair.target for pair in files])
         )
         skipped = inputs.skipped + targets.skipped
+        if grey:
+            inputs, targets = _grey(inputs), _grey(targets)
         lq = dict(zip(inputs.names, inputs, strict=True))
         gt = {n: image for n, image in zip(targets.names, targets, strict=True) if n in lq}
         if not gt:
-            raise SparkirError(f"{input_dir} and {target_dir} hold no whole pair: {skipped[0]}")
+            raise SparkirError(f"not one whole pair could be read: {skipped[0]}")
         for name, target in gt.items():
             scale = checked_scale(name, lq[name], target, scale)
         assert scale is not None
-        lq_of_gt = [lq[name] for name in gt]
-        return cls(names=list(gt), gt=list(gt.values()), lq=lq_of_gt, scale=scale, skipped=skipped)
+        return cls(
+            names=list(gt),
+            gt=list(gt.values()),
+            lq=[lq[name] for name in gt],
+            scale=scale,
+            skipped=skipped,
+            identity=f"{inputs.folder.name} {targets.folder.name}",
+        )
 
     def __len__(self) -> int:
         return len(self._gt)
@@ -122,6 +166,11 @@ class PairStore:
         if isinstance(self._lq, Degradation):
             return self._lq(gt, _rng_of(self.names[index])), gt
         return self._lq[index], gt
+
+    @property
+    def random(self) -> bool:
+        """Whether each crop is degraded anew."""
+        return isinstance(self._lq, Degradation)
 
     def lq_size(self, index: int) -> tuple[int, int]:
         """Height and width of one degraded image, in pixels."""
@@ -135,11 +184,22 @@ class PairStore:
 
         A random degradation is drawn from ``rng`` for the crop alone.
         """
-        rows, columns = slice(top, top + side_px), slice(left, left + side_px)
-        gt = self._gt[index][_times(rows, self.scale), _times(columns, self.scale)]
+        rows, columns = (_span(start, side_px) for start in (top, left))
+        gt = self._gt[index][tuple(_span(start, side_px, self.scale) for start in (top, left))]
         if isinstance(self._lq, Degradation):
             return self._lq(gt, rng), gt
         return self._lq[index][rows, columns], gt
+
+
+class _Crop(NamedTuple):
+    """What is drawn for one crop."""
+
+    image: int
+    top: int
+    left: int
+    seed: int
+    """Of a random degradation, which only the process that cuts the crop computes."""
+    orientation: int
 
 
 class PatchSampler:
@@ -147,17 +207,30 @@ class PatchSampler:
 
     Large and small images count alike. Everything random comes from one generator, so that equal
     seeds give equal batches, and a saved state resumes bit for bit, in the middle of an epoch too.
+    Processes that share a batch draw all of it alike and cut out their own crops alone: batches
+    and states are the same for any number of them.
 
     Attributes:
         epoch: how many times all images have been drawn (the current round included).
     """
 
     def __init__(
-        self, pairs: PairStore, *, patch_px: int, batch: int, seed: int, augment: bool = True
+        self,
+        pairs: PairStore,
+        *,
+        patch_px: int,
+        batch: int,
+        seed: int,
+        augment: bool = True,
+        outputs: OutputStore | None = None,
+        rank: int = 0,
+        ranks: int = 1,
     ) -> None:
         """Crops of ``patch_px`` x ``patch_px`` pixels of lq, ``batch`` of them at a time.
 
-        ``augment`` flips and transposes each crop into one of eight orientations.
+        ``augment`` flips and transposes each crop into one of eight orientations. ``outputs`` holds
+        what a teacher made of each lq; it is cropped and turned like gt. Of ``ranks`` processes
+        that share a batch, this is number ``rank``, from 0.
 
         Raises:
             SparkirError: an image is smaller than the patch, or patch or batch is below 1.
@@ -171,25 +244,29 @@ class PatchSampler:
                     f"image {name} is {width}x{height} px when degraded, smaller than the patch of "
                     f"{patch_px} px; make the patch smaller or remove the image"
                 )
+        assert batch % ranks == 0, "every process needs as many crops as the others"
         self.epoch = 0
         self._pairs = pairs
         self._patch_px = patch_px
         self._batch = batch
         self._augment = augment
+        self._outputs = outputs
+        share = batch // ranks
+        self._own_rows = range(rank * share, (rank + 1) * share)
         self._rng = np.random.Generator(np.random.Philox(seed))
         self._order: list[int] = []  # the images of this epoch, as they will be drawn
         self._position = 0  # how many of them have been drawn
 
     def next(self) -> Batch:
-        """The next batch: lq (B, 3, p, p) and gt (B, 3, s p, s p), uint8 RGB, 0..255."""
-        side = self._patch_px
-        lq = np.empty((self._batch, 3, side, side), dtype=np.uint8)
-        side *= self._pairs.scale
-        gt = np.empty((self._batch, 3, side, side), dtype=np.uint8)
-        for row in range(self._batch):
-            lq_patch, gt_patch = self._draw()
-            lq[row], gt[row] = lq_patch.transpose(2, 0, 1), gt_patch.transpose(2, 0, 1)
-        return torch.from_numpy(lq), torch.from_numpy(gt)
+        """The next batch: lq and gt, uint8 RGB, 0..255; with ``outputs`` also those, float32.
+
+        It holds this process's share.
+        """
+        drawn = [self._draw() for _ in range(self._batch)]
+        cut = [self._cut(drawn[row]) for row in self._own_rows]
+        lq, gt, *outputs = (_stacked(patches) for patches in zip(*cut, strict=True))
+        numbers = (torch.from_numpy(loaded(patches)) for patches in outputs)
+        return torch.from_numpy(lq), torch.from_numpy(gt), *numbers
 
     def state_dict(self) -> dict[str, Any]:
         """Where the sampler is, as ints, a list of ints, and strings."""
@@ -218,14 +295,27 @@ class PatchSampler:
         self._position = state["position"]
         self._rng.bit_generator.state = json.loads(state["rng"])
 
-    def _draw(self) -> Pair:
+    def _draw(self) -> "_Crop":
         index = self._next_image()
         height, width = self._pairs.lq_size(index)
-        top = int(self._rng.integers(height - self._patch_px, endpoint=True))
-        left = int(self._rng.integers(width - self._patch_px, endpoint=True))
-        lq, gt = self._pairs.crop(index, top=top, left=left, side_px=self._patch_px, rng=self._rng)
-        orientation = int(self._rng.integers(8)) if self._augment else 0
-        return _oriented(lq, orientation), _oriented(gt, orientation)
+        return _Crop(
+            image=index,
+            top=int(self._rng.integers(height - self._patch_px, endpoint=True)),
+            left=int(self._rng.integers(width - self._patch_px, endpoint=True)),
+            seed=int(self._rng.integers(2**63)) if self._pairs.random else 0,
+            orientation=int(self._rng.integers(8)) if self._augment else 0,
+        )
+
+    def _cut(self, crop: "_Crop") -> list[np.ndarray]:
+        """One crop of everything, (h, w, 3) each."""
+        side_px, scale = self._patch_px, self._pairs.scale
+        rng = np.random.Generator(np.random.Philox(crop.seed))
+        top, left = crop.top, crop.left
+        patches = list(self._pairs.crop(crop.image, top=top, left=left, side_px=side_px, rng=rng))
+        if self._outputs is not None:
+            whole = self._outputs[crop.image]
+            patches.append(whole[_span(top, side_px, scale), _span(left, side_px, scale)])
+        return [_oriented(patch, crop.orientation) for patch in patches]
 
     def _next_image(self) -> int:
         if self._position == len(self._order):
@@ -240,7 +330,16 @@ class PatchSampler:
         return hashlib.sha256(json.dumps([self._pairs.scale, facts]).encode()).hexdigest()
 
 
-def _oriented(patch: UInt8[np.ndarray, "p p 3"], orientation: int) -> UInt8[np.ndarray, "p p 3"]:
+def _stacked(patches: Sequence[np.ndarray]) -> np.ndarray:
+    """(h, w, 3) each -> (b, 3, h, w), contiguous."""
+    height, width, channels = patches[0].shape
+    batch = np.empty((len(patches), channels, height, width), dtype=patches[0].dtype)
+    for row, patch in zip(batch, patches, strict=True):
+        row[:] = patch.transpose(2, 0, 1)
+    return batch
+
+
+def _oriented(patch: np.ndarray, orientation: int) -> np.ndarray:
     """One of the eight flips and transposes of a square (a view); 0 changes nothing."""
     if orientation & 1:
         patch = patch[::-1]
@@ -249,6 +348,12 @@ def _oriented(patch: UInt8[np.ndarray, "p p 3"], orientation: int) -> UInt8[np.n
     if orientation & 4:
         patch = patch.transpose(1, 0, 2)
     return patch
+
+
+def _grey(images: ImageStore) -> ImageStore:
+    return images.derive(
+        lambda _, image: to_grey(image), key="grey", bytes_needed=sum(i.size for i in images)
+    )
 
 
 def _degraded(
@@ -269,5 +374,6 @@ def _rng_of(name: str) -> np.random.Generator:
     return np.random.Generator(np.random.Philox(list(name.encode())))
 
 
-def _times(part: slice, scale: int) -> slice:
-    return slice(part.start * scale, part.stop * scale)
+def _span(start: int, side: int, scale: int = 1) -> slice:
+    """`side` pixels of lq from `start`, in pixels of an image `scale` times larger."""
+    return slice(start * scale, (start + side) * scale)

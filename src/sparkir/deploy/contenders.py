@@ -92,14 +92,31 @@ def missing() -> list[str]:
 
 
 def versions() -> dict[str, str]:
-    """The version of every engine here, and of Python and the operating system."""
+    """The version of every engine here, of Python and the system, and what computes."""
     found = {"python": platform.python_version(), "system": platform.platform()}
+    found["processor"] = _processor()
     for engine in ENGINES:
         try:
             found[engine] = version(engine)
         except PackageNotFoundError:
             continue
     return found
+
+
+def _processor() -> str:
+    """Its name where the system tells, and its instructions for integers and bfloat16."""
+    from torch.cpu import get_capabilities
+
+    name = platform.processor() or platform.machine()
+    facts = Path("/proc/cpuinfo")
+    if facts.is_file():
+        named = re.search(r"model name\s*:\s*(.+)", facts.read_text("utf-8", "replace"))
+        name = named[1].strip() if named else name
+    there = [kind for kind, has in get_capabilities().items() if has is True]
+    fast = sorted(
+        kind for kind in there if kind.startswith("amx") or kind.endswith(("vnni", "bf16"))
+    )
+    return f"{name}: {' '.join(fast) or 'none of VNNI, AMX, bf16'}"
 
 
 def reason_of(error: BaseException) -> str:

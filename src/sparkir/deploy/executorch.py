@@ -72,13 +72,18 @@ def to_executorch(
         with_grids: also return the signed bytes of every grid, for inspection.
 
     Raises:
-        SparkirError: ExecuTorch is not installed, the network cannot take images of this size, or
-            it cannot be exported with sizes left open.
+        SparkirError: ExecuTorch is not installed, the network cannot take images of this size, is
+            placed for a runtime that fuses, or cannot be exported with sizes left open.
     """
     require_executorch()
     facts = facts_of(frozen)
     _require_possible(largest_px, facts)
     spec = placement_of(frozen).spec
+    if spec.runs_on.fuses:
+        raise SparkirError(
+            f"the network is placed for {spec.runs_on.title}, which goes on in real values where "
+            'XNNPACK has integer kernels; train it with quant.target = "onnxruntime" for phones'
+        )
     card = Card(facts=facts, quantization=spec.label, target=spec.target)
     sizes = {"largest_px": largest_px, "fixed_size": fixed_size}
     said = {**card.to_metadata(), **(metadata or {}), _SIZES: json.dumps(sizes)}

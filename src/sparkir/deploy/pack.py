@@ -7,6 +7,7 @@ same values.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING
 
@@ -31,7 +32,11 @@ def make_small(model: onnx.ModelProto, alike: Iterable[Sequence[str]] = ()) -> N
 
 
 def _name_after_layers(model: onnx.ModelProto, alike: Iterable[Sequence[str]]) -> None:
-    """Call each convolution as its module, and its constants after that."""
+    """Call each convolution as its module, and its constants after that.
+
+    The exporter keeps equal constants once. Layers of equal weights are told apart by the names in
+    their group, or by a number, for no two nodes may have one name.
+    """
     waiting = {name: group for group in map(list, alike) for name in tuple(group)}
     names = {tensor.name: tensor.name.replace(".layer.", ".") for tensor in model.graph.initializer}
     _rename(model, names)
@@ -40,10 +45,13 @@ def _name_after_layers(model: onnx.ModelProto, alike: Iterable[Sequence[str]]) -
         for node in model.graph.node
         if node.op_type == "DequantizeLinear" and node.input[0].endswith(".weight")
     }
+    calls: Counter[str] = Counter()
     for node in model.graph.node:
         if len(node.input) > 1 and node.input[1] in weights:
             name = weights[node.input[1]]
-            node.name = waiting[name].pop(0) if name in waiting else name
+            name = waiting[name].pop(0) if waiting.get(name) else name
+            calls[name] += 1
+            node.name = name if calls[name] == 1 else f"{name}#{calls[name]}"
 
 
 def _derive_bias_steps(model: onnx.ModelProto) -> None:

@@ -9,8 +9,11 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from sparkir.distill.features import observe
+from sparkir.distill.kd import KD
+from sparkir.distill.method import Method, Seen, Term
 from sparkir.distill.output import MAPS, Norm, l1_map
-from sparkir.models.facts import restore
+from sparkir.models.facts import as_seen, facts_of, restore
 from sparkir.spark.weighting import Constant, Weighting
 
 
@@ -19,32 +22,51 @@ class StepLosses:
     """What one forward gives; all losses are means over the batch, images in [0, 1]."""
 
     output: Float[Tensor, "b c h w"]
+    gt: Float[Tensor, "b c h w"]
+    """The ground truth as the student restores it: luma for a student of one channel."""
     teacher: Float[Tensor, "b c h w"] | None
     reconstruction: Float[Tensor, ""]
     """|student - gt| (SPARK eq. 2)."""
-    distance: Float[Tensor, "b c h w"] | None
-    """Distillation distance at every location, unweighted."""
+    terms: tuple[Term, ...]
+    """What pulls the student to the teacher: its output first, then what the method adds."""
     weights: Float[Tensor, "b 1 h w"] | None
-    strength: float
+    """W on the image; None without a teacher."""
 
     def distillation(self, weights: Float[Tensor, "b 1 h w"] | None = None) -> Float[Tensor, ""]:
-        """strength * mean(W * distance) (SPARK eq. 3), by default with this step's W."""
-        if self.distance is None or self.weights is None:
-            return torch.zeros_like(self.reconstruction)
+        """The sum of factor * mean(W * distance) (SPARK eq. 3), by default with this step's W."""
+        return self._sum(self.parts(weights))
+
+    def parts(
+        self, weights: Float[Tensor, "b 1 h w"] | None = None, *, allocated: bool = True
+    ) -> dict[str, Float[Tensor, ""]]:
+        """The summands of `distillation` by name; unless `allocated`, with each image's mean W."""
         chosen = self.weights if weights is None else weights
-        return self.strength * (chosen * self.distance).mean()
+        parts: dict[str, Tensor] = {}
+        if chosen is None:
+            return parts
+        for term in self.terms:
+            at = term.weights_at(chosen)
+            loss = term.loss(at if allocated else at.mean(dim=(2, 3), keepdim=True))
+            parts[term.name] = parts[term.name] + loss if term.name in parts else loss
+        return parts
 
     def total(self) -> Float[Tensor, ""]:
         """What the student minimises (SPARK eq. 4)."""
-        if self.distance is None:
+        if self.weights is None:
             return self.reconstruction
         return self.reconstruction + self.distillation()
 
     def total_without_allocation(self) -> Float[Tensor, ""]:
-        """The same with each image's W replaced by its mean: as much weight, nowhere special."""
+        """The same with each image's W replaced by its mean: as much weight, nowhere special.
+
+        Each term has the mean of W on its own map's grid.
+        """
         assert self.weights is not None
-        mean = self.weights.mean(dim=(2, 3), keepdim=True)
-        return self.reconstruction + self.distillation(mean)
+        return self.reconstruction + self._sum(self.parts(allocated=False))
+
+    def _sum(self, parts: dict[str, Tensor]) -> Tensor:
+        losses = list(parts.values())
+        return sum(losses[1:], start=losses[0]) if losses else torch.zeros_like(self.reconstruction)
 
 
 class DistillationTask(nn.Module):
@@ -59,6 +81,7 @@ class DistillationTask(nn.Module):
         teacher: nn.Module | None = None,
         *,
         weighting: Weighting | None = None,
+        method: Method | None = None,
         norm: Norm = "mse",
         strength: float = 1.0,
         target: Literal["teacher", "truth"] = "teacher",
@@ -69,14 +92,16 @@ class DistillationTask(nn.Module):
             student: a network with facts, prepared for QAT or not.
             teacher: a network with facts; None for training without distillation.
             weighting: where the distillation counts; everywhere alike when None.
-            norm: of the distillation distance.
-            strength: factor of the distillation loss.
-            target: what the student is pulled to. `truth` is the control that has the same loss
+            method: what is imitated besides the teacher's output; nothing when None.
+            norm: distance between the outputs.
+            strength: factor of that distance; at 0 it is left out.
+            target: what the output is pulled to. `truth` is the control that has the same loss
                 and no teacher's knowledge in it.
         """
         super().__init__()
         self.student = student
         self.weighting = weighting or Constant(1.0)
+        self.method = method or KD()
         self.norm: Norm = norm
         self.strength, self.target = strength, target
         self._teacher = [] if teacher is None else [teacher.eval().requires_grad_(False)]
@@ -86,26 +111,63 @@ class DistillationTask(nn.Module):
         """The frozen teacher, if there is one."""
         return self._teacher[0] if self._teacher else None
 
-    def forward(self, lq: Float[Tensor, "b c h w"], gt: Float[Tensor, "b c H W"]) -> StepLosses:
-        """Run student and teacher on `lq`; both images in [0, 1]."""
-        output = self.run_student(lq)
-        teacher = distance = weights = None
-        if self.teacher is not None:
-            with torch.no_grad():
-                teacher = restore(self.teacher, lq).float()
-            goal = teacher if self.target == "teacher" else gt
-            distance = MAPS[self.norm](output, goal)
+    def forward(
+        self,
+        lq: Float[Tensor, "b c h w"],
+        gt: Float[Tensor, "b c H W"],
+        teacher: Float[Tensor, "b c H W"] | None = None,
+    ) -> StepLosses:
+        """Run student and teacher on `lq`; all images RGB in [0, 1].
+
+        The teacher does not run if what it makes of `lq` is given and the method needs no features
+        of it. A student of one channel is trained on the images' luma, and its teacher's output
+        counts by its luma as well.
+        """
+        facts = facts_of(self.student)
+        output, student_features = observe(self.student, self.method.student_taps, lq)
+        gt = as_seen(gt, facts)
+        weights = None
+        terms: tuple[Term, ...] = ()
+        if self.teacher is None:
+            teacher = None
+        else:
+            teacher, teacher_features = self._taught(lq, teacher)
+            teacher = as_seen(teacher, facts)
+            seen = Seen(
+                lq=lq,
+                gt=gt,
+                output=output,
+                teacher_output=teacher,
+                student_features=student_features,
+                teacher_features=teacher_features,
+            )
             with torch.autocast(lq.device.type, enabled=False):  # a draw needs its probability
                 weights = self.weighting(output.detach(), teacher, gt)
+                terms = (*self._output_term(seen), *self.method(seen))
         return StepLosses(
             output=output,
+            gt=gt,
             teacher=teacher,
             reconstruction=l1_map(output, gt).mean(),
-            distance=distance,
+            terms=terms,
             weights=weights,
-            strength=self.strength,
         )
 
-    def run_student(self, lq: Float[Tensor, "b c h w"]) -> Float[Tensor, "b c H W"]:
+    @torch.no_grad()
+    def _taught(self, lq: Tensor, known: Tensor | None) -> tuple[Tensor, tuple[Tensor, ...]]:
+        """The teacher's output, and the features that the method looks at."""
+        assert self.teacher is not None
+        if known is not None and not self.method.teacher_taps:
+            return known, ()
+        return observe(self.teacher, self.method.teacher_taps, lq)
+
+    def _output_term(self, seen: Seen) -> tuple[Term, ...]:
+        if self.strength == 0:
+            return ()
+        goal = seen.teacher_output if self.target == "teacher" else seen.gt
+        distance = MAPS[self.norm](seen.output, goal)
+        return (Term(name="output", distance=distance, factor=self.strength),)
+
+    def run_student(self, lq: Float[Tensor, "b c h w"]) -> Float[Tensor, "b k H W"]:
         """The student's output, [0, 1], float32 whatever the precision inside."""
-        return restore(self.student, lq).float()
+        return restore(self.student, as_seen(lq, facts_of(self.student))).float()

@@ -1,19 +1,17 @@
 """A network applied to a whole image file's pixels, as a user would see it."""
 
-from collections.abc import Iterator
-from contextlib import contextmanager
-from itertools import chain
-
 import numpy as np
 import torch
 from jaxtyping import Float64, UInt8
 from torch import nn
 
 from sparkir.data.degrade import bicubic_resize
+from sparkir.data.grey import full_luma
 from sparkir.evaluate.metrics import luma, to_uint8
 from sparkir.models.facts import ModelFacts, facts_of, restore
+from sparkir.models.modes import device_of as device_of
+from sparkir.models.modes import evaluating as evaluating
 
-_FULL_RANGE_WEIGHTS = (0.299, 0.587, 0.114)  # BT.601
 _STUDIO_SWING = 219.0  # levels between black (16) and white (235)
 
 
@@ -53,8 +51,7 @@ def _luma_like(image: UInt8[np.ndarray, "h w 3"], facts: ModelFacts) -> Float64[
     """Return the image's luma in the range that the network was trained on."""
     if facts.luma_range == "studio":
         return luma(image)
-    full: np.ndarray = image.astype(np.float64) @ np.array(_FULL_RANGE_WEIGHTS)
-    return full
+    return full_luma(image)
 
 
 def _run(network: nn.Module, lq: np.ndarray) -> torch.Tensor:
@@ -62,21 +59,3 @@ def _run(network: nn.Module, lq: np.ndarray) -> torch.Tensor:
     batch = torch.from_numpy(lq).movedim(-1, 0)[None].to(device_of(network))
     with evaluating(network), torch.inference_mode():
         return restore(network, batch)[0]
-
-
-def device_of(network: nn.Module) -> torch.device:
-    """Return the device of the network's first parameter or buffer; the CPU if it has none."""
-    first = next(chain(network.parameters(), network.buffers()), None)
-    return torch.device("cpu") if first is None else first.device
-
-
-@contextmanager
-def evaluating(network: nn.Module) -> Iterator[None]:
-    """Put the network in evaluation mode for a block, then each submodule back in its own mode."""
-    modes = {module: module.training for module in network.modules()}
-    network.eval()
-    try:
-        yield
-    finally:
-        for module, training in modes.items():
-            module.training = training

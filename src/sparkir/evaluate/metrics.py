@@ -11,11 +11,13 @@ import torch
 from jaxtyping import Float, Float64, UInt8
 from torch import Tensor
 
+from sparkir.data.grey import full_luma
 from sparkir.errors import SparkirError
 
 _WINDOW_PX = 11
 _WINDOW_SIGMA_PX = 1.5
 _WHITE = 255.0
+_SPACES = {"y": "Y studio range", "rgb": "RGB", "grey": "grey"}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -23,19 +25,23 @@ class Convention:
     """What is compared: which values, and without how much of the border.
 
     Super-resolution papers use Y and crop ``scale`` pixels; denoising, low-light and deblurring
-    papers use RGB uncropped; deraining papers use Y uncropped.
+    papers use RGB uncropped; deraining papers use Y uncropped; papers on grey images use them
+    as they are.
     """
 
-    space: Literal["y", "rgb"]
-    """``y``: BT.601 luma of studio range, see :func:`luma`; ``rgb``: all three channels."""
+    space: Literal["y", "rgb", "grey"]
+    """``y``: BT.601 luma of studio range, see :func:`luma`; ``rgb``: all three channels;
+    ``grey``: luma of full range, which for a grey image is the image itself. An error of one
+    level weighs 219 / 255 in ``y``: 1.32 dB more PSNR than in ``grey``."""
 
     crop_px: int
     """Pixels left out along each side of both images."""
 
     def __post_init__(self) -> None:
         """Refuse a convention that does not exist."""
-        if self.space not in ("y", "rgb"):
-            raise SparkirError(f"a metric's space is 'y' or 'rgb', got {self.space!r}")
+        if self.space not in _SPACES:
+            known = ", ".join(map(repr, _SPACES))
+            raise SparkirError(f"a metric's space is one of {known}, got {self.space!r}")
         if self.crop_px < 0:
             raise SparkirError(f"a metric's crop_px must be 0 or more, got {self.crop_px}")
 
@@ -46,7 +52,7 @@ class Convention:
 
     def label_of(self, metric: str) -> str:
         """Return the words to print beside a figure of ``metric``, ``PSNR`` or ``SSIM``."""
-        space = "Y studio range" if self.space == "y" else "RGB"
+        space = _SPACES[self.space]
         crop = f"crop {self.crop_px} px" if self.crop_px else "no crop"
         return f"{metric}-{space}, uint8, {crop}"
 
@@ -158,6 +164,8 @@ def _planes(
     inner = image[crop : height - crop, crop : width - crop]
     if convention.space == "y":
         return luma(inner)[None]
+    if convention.space == "grey":
+        return full_luma(inner)[None]
     return np.moveaxis(inner.astype(np.float64), -1, 0)
 
 

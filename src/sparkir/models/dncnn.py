@@ -8,7 +8,7 @@ that KAIR publishes (``dncnn_15/25/50``: grey, depth 17), whose parameter names 
 from torch import Tensor, nn
 
 from sparkir.errors import SparkirError
-from sparkir.models.facts import ModelFacts
+from sparkir.models.facts import ModelFacts, thirds
 
 
 class DnCNN(nn.Module):
@@ -29,7 +29,7 @@ class DnCNN(nn.Module):
             scale=1,
             channels=channels,
             value_range=1.0,
-            taps=_taps(depth),
+            taps=thirds([f"model.{2 * number + 1}" for number in range(depth - 1)]),
             halo_px=depth,
         )
         layers: list[nn.Module] = [nn.Conv2d(channels, width, 3, padding=1), nn.ReLU()]
@@ -42,10 +42,3 @@ class DnCNN(nn.Module):
         """Return the image less the predicted noise; not clipped."""
         noise: Tensor = self.model(x)
         return x - noise
-
-
-def _taps(depth: int) -> tuple[str, ...]:
-    """Name the ReLUs after each third of the hidden layers, so that any two depths pair up."""
-    hidden = depth - 1
-    ends = sorted({max(1, round(hidden * third / 3)) for third in (1, 2, 3)})
-    return tuple(f"model.{2 * end - 1}" for end in ends)

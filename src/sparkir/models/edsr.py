@@ -9,13 +9,12 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from sparkir.errors import SparkirError
-from sparkir.models.facts import ModelFacts
+from sparkir.models.facts import ModelFacts, thirds
+from sparkir.models.mean_colour import mean_colour, take_shift
 
-_DIV2K_MEAN = (0.4488, 0.4371, 0.4040)  # RGB in [0, 1], as published
 _VALUE_RANGE = 255.0
 
 
@@ -61,11 +60,10 @@ class EDSR(nn.Module):
             scale=scale,
             channels=3,
             value_range=_VALUE_RANGE,
-            taps=_taps(blocks),
+            taps=thirds([f"body.{number}" for number in range(blocks)]),
             halo_px=2 * blocks + 4,  # head 1, body end 1, the enlarging tail less than 2
         )
-        mean = torch.tensor(_DIV2K_MEAN).reshape(1, 3, 1, 1) * _VALUE_RANGE
-        self.register_buffer("mean", mean, persistent=False)
+        self.register_buffer("mean", mean_colour(_VALUE_RANGE), persistent=False)
         self.head = nn.Sequential(nn.Conv2d(3, width, 3, padding=1))
         self.body = nn.Sequential(
             *(ResidualBlock(width, res_scale) for _ in range(blocks)),
@@ -88,21 +86,9 @@ class EDSR(nn.Module):
             SparkirError: its mean shift is another one than EDSR's.
         """
         kept = dict(state)
-        mean = torch.tensor(_DIV2K_MEAN) * _VALUE_RANGE
-        for name, bias in (("sub_mean", -mean), ("add_mean", mean)):
-            _require_equal(kept.pop(f"{name}.weight", None), torch.eye(3).reshape(3, 3, 1, 1), name)
-            _require_equal(kept.pop(f"{name}.bias", None), bias, name)
+        for name, sign in (("sub_mean", -1), ("add_mean", 1)):
+            take_shift(kept, name, sign=sign, value_range=_VALUE_RANGE, network="EDSR")
         return kept
-
-
-def _require_equal(found: Tensor | None, expected: Tensor, name: str) -> None:
-    if found is None:
-        return
-    if found.shape != expected.shape or not torch.allclose(found.float().cpu(), expected, atol=0.5):
-        raise SparkirError(
-            f"these EDSR weights shift colours by another mean ({name}) than the published "
-            "0.4488, 0.4371, 0.4040 at [0, 255]; they cannot be loaded into this network"
-        )
 
 
 def _drop_mean_shift(module: nn.Module, state: dict[str, Any], prefix: str, *_: object) -> None:
@@ -126,9 +112,3 @@ def _upsampler(scale: int, width: int) -> nn.Sequential:
     for factor in factors:
         layers += [nn.Conv2d(width, width * factor**2, 3, padding=1), nn.PixelShuffle(factor)]
     return nn.Sequential(*layers)
-
-
-def _taps(blocks: int) -> tuple[str, ...]:
-    """Name the blocks that end each third of the body, so that any two depths pair up."""
-    ends = sorted({max(1, round(blocks * third / 3)) for third in (1, 2, 3)})
-    return tuple(f"body.{end - 1}" for end in ends)

@@ -6,6 +6,7 @@ has an attribute ``facts`` and everything else in sparkir reads that instead of 
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
@@ -73,6 +74,15 @@ class ModelFacts:
             raise SparkirError(f"facts of {self.name!r}: halo_px must not be negative")
 
 
+def thirds(names: Sequence[str]) -> tuple[str, ...]:
+    """Return those of a network's blocks that end each third of them, in order.
+
+    As taps: whatever two networks' depths are, theirs then pair up.
+    """
+    ends = sorted({max(1, round(len(names) * third / 3)) for third in (1, 2, 3)})
+    return tuple(names[end - 1] for end in ends)
+
+
 def facts_of(network: nn.Module) -> ModelFacts:
     """Return the facts that a network carries.
 
@@ -86,6 +96,26 @@ def facts_of(network: nn.Module) -> ModelFacts:
             "set network.facts = sparkir.models.facts.ModelFacts(...)"
         )
     return facts
+
+
+_STUDIO_LUMA = (65.481 / 255, 128.553 / 255, 24.966 / 255)  # BT.601, to 16 .. 235
+_FULL_LUMA = (0.299, 0.587, 0.114)
+
+
+def as_seen(image: Float[Tensor, "b c h w"], facts: ModelFacts) -> Float[Tensor, "b k h w"]:
+    """RGB in [0, 1] as the network with these facts restores it: as it is, or its luma.
+
+    The luma is the one that whole images are evaluated by (`evaluate.infer`), of the range that
+    the facts name. An image of one channel is that luma already, and grey to a network of three.
+    """
+    if image.shape[1] == facts.channels or image.shape[1] not in (1, 3):
+        return image  # whoever runs the network complains of other numbers
+    if facts.channels == 3:
+        return image.expand(-1, 3, -1, -1)
+    studio = facts.luma_range == "studio"
+    weights = image.new_tensor(_STUDIO_LUMA if studio else _FULL_LUMA).view(1, 3, 1, 1)
+    luma: Tensor = (image * weights).sum(1, keepdim=True)
+    return luma + 16 / 255 if studio else luma
 
 
 def restore(network: nn.Module, lq: Float[Tensor, "b c h w"]) -> Float[Tensor, "b c sh sw"]:

@@ -10,11 +10,18 @@ from typing import Any
 from torch import nn
 
 from sparkir.errors import SparkirError
+from sparkir.models.bsrn import BSRN, BSRNS
+from sparkir.models.carn import CARNM
 from sparkir.models.dncnn import DnCNN
 from sparkir.models.edsr import EDSR
 from sparkir.models.facts import ModelFacts
+from sparkir.models.fmen import FMEN
+from sparkir.models.imdn import IMDN
 from sparkir.models.mirnet import MIRNet
+from sparkir.models.plainusr import PlainUSR
 from sparkir.models.rfdn import RFDN
+from sparkir.models.rlfn import RLFN
+from sparkir.models.span import SPAN
 from sparkir.models.srcnn import SRCNN
 
 
@@ -25,10 +32,18 @@ class _Entry:
 
 
 _ENTRIES: dict[str, _Entry] = {
+    "bsrn": _Entry(BSRN, "BSRN, separable convolutions, attention twice (NTIRE 2022)"),
+    "bsrn-s": _Entry(BSRNS, "BSRN-S, the smallest BSRN (NTIRE 2022)"),
+    "carn-m": _Entry(CARNM, "CARN-M, cascading and recursive, grouped convolutions (ECCV 2018)"),
     "dncnn": _Entry(DnCNN, "DnCNN, plain residual denoiser (TIP 2017)"),
     "edsr": _Entry(EDSR, "EDSR, deep residual super-resolution, 64 wide, 16 blocks (CVPRW 2017)"),
+    "fmen": _Entry(FMEN, "FMEN, fast, light on memory, with attention at full size (NTIRE 2022)"),
+    "imdn": _Entry(IMDN, "IMDN, multi-distillation, the NTIRE challenges' baseline (AIM 2019)"),
     "mirnet": _Entry(MIRNet, "MIRNet, three resolutions with dual attention (ECCV 2020)"),
+    "plainusr": _Entry(PlainUSR, "PlainUSR, plain convolutions in a U-Net of channels (ACCV 2024)"),
     "rfdn": _Entry(RFDN, "RFDN, light super-resolution with spatial attention (AIM 2020)"),
+    "rlfn": _Entry(RLFN, "RLFN, fast and light, with spatial attention (NTIRE 2022)"),
+    "span": _Entry(SPAN, "SPAN, attention without parameters (NTIRE 2024)"),
     "srcnn": _Entry(SRCNN, "SRCNN 9-5-5, bicubic and three convolutions (TPAMI 2016)"),
 }
 # The name under which the paper and its checkpoints speak of EDSR's default size.
@@ -97,7 +112,7 @@ def _is_number(value: object) -> bool:
 
 
 def _build_external(name: str, options: Mapping[str, Any]) -> nn.Module:
-    function = _find_function(name)
+    function = find_function(name, "network")
     parameters = inspect.signature(function).parameters
     takes_facts = "facts" in parameters
     passed = {key: value for key, value in options.items() if key != "facts" or takes_facts}
@@ -118,13 +133,18 @@ def _build_external(name: str, options: Mapping[str, Any]) -> nn.Module:
     return network
 
 
-def _find_function(name: str) -> Callable[..., object]:
+def find_function(name: str, what: str) -> Callable[..., object]:
+    """The function that `package.module:function` names; errors speak of the `what` it makes.
+
+    Raises:
+        SparkirError: there is no such module or function.
+    """
     module_name, _, function_name = name.partition(":")
     try:
         module = importlib.import_module(module_name)
     except ModuleNotFoundError as error:
         raise SparkirError(
-            f"cannot import {error.name!r} for the network {name!r}; "
+            f"cannot import {error.name!r} for the {what} {name!r}; "
             "install it or add its folder to PYTHONPATH"
         ) from error
     except (ValueError, TypeError) as error:  # an empty or relative module name

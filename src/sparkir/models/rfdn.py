@@ -6,34 +6,25 @@ arXiv 2009.11551, in the form of the weights released for the AIM 2020 challenge
 """
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from sparkir.errors import SparkirError
 from sparkir.models.facts import ModelFacts
+from sparkir.models.spatial_attention import (
+    CELL_PX,
+    MIN_SIZE_PX,
+    SpatialAttention,
+    attention_halo_px,
+)
 
 _NEGATIVE_SLOPE = 0.05
-_MIN_SIZE_PX = 15  # the stride-2 convolution of the attention must leave 7 px for its 7 x 7 pooling
-_POOLING_WINDOW_PX = 13  # from the centre of the first of 7 cells, 2 px apart, to the last
 
 
-_CELL_PX, _FIRST_CELL_PX = 6, 7  # a stride of 2 and one of 3; the middle of 3 px and 7 windows
-
-
-class EnhancedSpatialAttention(nn.Module):
-    """ESA (Liu et al., CVPR 2020 workshops): a mask in (0, 1) computed on a coarse grid.
-
-    The grid has about one cell per 6 x 6 px; the mask it gives is interpolated to the input's
-    size. (b, width, h, w) -> the same shape, h and w at least 15.
-
-    As published, the mask is stretched so that its first and last cells reach the image's borders,
-    and where a cell comes to lie depends on the size of the image. `anchored` puts every cell
-    where it was computed, so that a tile sees what the whole image sees.
-    """
+class EnhancedSpatialAttention(SpatialAttention):
+    """RFDN's attention: narrow to a quarter, three convolutions on the coarse grid."""
 
     def __init__(self, width: int, *, anchored: bool = False) -> None:
-        super().__init__()
-        self.anchored = anchored
+        super().__init__(anchored=anchored)
         narrow = width // 4
         self.conv1 = nn.Conv2d(width, narrow, 1)
         self.conv_f = nn.Conv2d(narrow, narrow, 1)
@@ -42,33 +33,13 @@ class EnhancedSpatialAttention(nn.Module):
         self.conv3 = nn.Conv2d(narrow, narrow, 3, padding=1)
         self.conv3_ = nn.Conv2d(narrow, narrow, 3, padding=1)
         self.conv4 = nn.Conv2d(narrow, width, 1)
-        self.sigmoid = nn.Sigmoid()
         self.relu = nn.ReLU()
 
-    def forward(self, x: Tensor) -> Tensor:
-        """Return ``x`` times its mask."""
-        narrow = self.conv1(x)
-        coarse = F.max_pool2d(self.conv2(narrow), kernel_size=7, stride=3)
+    def refine(self, coarse: Tensor) -> Tensor:
+        """(b, narrow, cells, cells) -> the same shape."""
         coarse = self.relu(self.conv_max(coarse))
-        coarse = self.relu(self.conv3(coarse))
-        coarse = self.conv3_(coarse)
-        if self.anchored:
-            context = _spread(coarse, x.size(2), x.size(3))
-        else:
-            context = F.interpolate(
-                coarse, size=(x.size(2), x.size(3)), mode="bilinear", align_corners=False
-            )
-        mask: Tensor = self.sigmoid(self.conv4(context + self.conv_f(narrow)))
-        return x * mask
-
-
-def _spread(coarse: Tensor, height: int, width: int) -> Tensor:
-    """Interpolate between cells whose centres lie at 7, 13, 19, ... px; repeat beyond them."""
-    inner = [_CELL_PX * (coarse.size(dim) - 1) + 1 for dim in (2, 3)]
-    between = F.interpolate(coarse, size=(inner[0], inner[1]), mode="bilinear", align_corners=True)
-    first = _FIRST_CELL_PX
-    bottom, right = height - first - inner[0], width - first - inner[1]
-    return F.pad(between, (first, right, first, bottom), mode="replicate")
+        refined: Tensor = self.conv3_(self.relu(self.conv3(coarse)))
+        return refined
 
 
 class ResidualFeatureDistillationBlock(nn.Module):
@@ -135,15 +106,11 @@ class RFDN(nn.Module):
             scale=scale,
             channels=3,
             value_range=value_range,
-            min_size_px=_MIN_SIZE_PX,
+            min_size_px=MIN_SIZE_PX,
             taps=self.block_names,
-            # Every 3x3 convolution reaches 1 px: 4 in each block, 3 around them; and one window
-            # of the attention. As published, its grid follows the size of the image, so that no
-            # halo makes a tile exactly equal to the whole image: with the published weights and
-            # tiles of 32 px the two agree to 62-84 dB, as well with a halo of 32 px as with 128.
-            # Anchored, 12 px a block leave 0.04 levels, 16 leave 0.001.
-            halo_px=16 * blocks if anchored else 4 * blocks + 3 + _POOLING_WINDOW_PX,
-            tile_phase_px=_CELL_PX if anchored else 1,
+            # Every 3x3 convolution reaches 1 px: 4 in each block and 3 around them.
+            halo_px=attention_halo_px(reach_px=4 * blocks + 3, blocks=blocks, anchored=anchored),
+            tile_phase_px=CELL_PX if anchored else 1,
             exact_tiles=anchored,
         )
         self.fea_conv = nn.Conv2d(3, width, 3, padding=1)

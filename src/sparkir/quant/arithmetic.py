@@ -21,12 +21,15 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from sparkir.quant import fused
+
 
 class Quantized(NamedTuple):
     """A tensor on a grid: real value = ints * scale, stored byte = ints + zero."""
 
     ints: Tensor
-    """Whole numbers in float32, any shape, zero point subtracted."""
+    """Whole numbers, zero point subtracted, any shape; in float32, or in bfloat16, which holds them
+    as well (`fused`)."""
     scale: Tensor
     """(), the step."""
     zero: Tensor
@@ -34,7 +37,7 @@ class Quantized(NamedTuple):
 
     def dequantize(self) -> Tensor:
         """The real values."""
-        return self.ints * self.scale
+        return self.ints.float() * self.scale
 
 
 class Accumulated(NamedTuple):
@@ -46,7 +49,7 @@ class Accumulated(NamedTuple):
 
     def dequantize(self) -> Tensor:
         """The real values."""
-        return self.ints * self.scale
+        return self.ints.float() * self.scale
 
 
 class Sum(NamedTuple):
@@ -70,8 +73,14 @@ class Average(NamedTuple):
     """(B, C, H, W), what is averaged."""
     scale: Tensor
     zero: Tensor
-    count: int
+    pixels: int
     """H * W."""
+
+    def sums(self) -> Tensor:
+        """(B, C, 1, 1), exact, then rounded to float32 as an int32 would be."""
+        exact_px = 2**16  # of 8 bits each; beyond that a sum in float32 skips whole numbers
+        wide = torch.float64 if self.pixels > exact_px else torch.float32
+        return self.ints.sum((2, 3), keepdim=True, dtype=wide).float()
 
 
 _exact = ContextVar("exact", default=True)
@@ -98,6 +107,21 @@ def rounds_exactly() -> bool:
 _SMALLEST_ODD = 128
 
 Value = Tensor | Quantized | Accumulated | Sum | Product | Average
+
+
+def real_values(value: Value) -> Tensor:
+    """What a value between layers stands for; sums and products as they are before their grid."""
+    match value:
+        case Quantized() | Accumulated():
+            return value.dequantize()
+        case Sum(a, b):
+            return a.dequantize() + b.dequantize()
+        case Product(a, b):
+            return a.dequantize() * b.dequantize()
+        case Average():
+            return value.sums() * (value.scale / value.pixels)
+        case _:
+            return value
 
 
 class _RoundToGrid(torch.autograd.Function):
@@ -225,6 +249,10 @@ def quantize(
             fuse; float32 then rounds the last bits away.
     """
     low, high = float(-zero_level), float(levels - 1 - zero_level)
+    if fused.rounds_fused() and not exact and not _lies_on(value, scale):
+        grid = fused.Grid(scale, low, high, clip_only)
+        shift = float(zero_level) if shift_reals else 0.0
+        return Quantized(_rounded_fused(value, grid, shift), scale.detach(), zero)
     own, used = (scale, scale.detach()) if clip_only else (None, scale)
     shift = 0.0
     match value:
@@ -246,8 +274,8 @@ def quantize(
             a, b = value
             x, step, divide = a.ints * b.ints, (a.scale * b.scale) / used, False
         case Average():
-            x, divide = _sums_over_image(value.ints), False
-            step = value.scale / (used * value.count)
+            x, divide = value.sums(), False
+            step = value.scale / (used * value.pixels)
         case _:
             x, step, divide = value, used, True
             shift = float(zero_level) if shift_reals else 0.0
@@ -255,11 +283,24 @@ def quantize(
     return Quantized(ints, scale, zero)
 
 
-def _sums_over_image(ints: Tensor) -> Tensor:
-    """(B, C, H, W) -> (B, C, 1, 1), exact, then rounded to float32 as an int32 would be."""
-    exact_px = 2**16  # of 8 bits each; beyond that a sum in float32 skips whole numbers
-    wide = torch.float64 if ints[0, 0].numel() > exact_px else None
-    return ints.sum((2, 3), keepdim=True, dtype=wide).to(ints.dtype)
+def _lies_on(value: Value, scale: Tensor) -> bool:
+    return isinstance(value, Quantized) and value.scale is scale
+
+
+def _rounded_fused(value: Value, grid: fused.Grid, shift: float) -> Tensor:
+    match value:
+        case Quantized():
+            return fused.round_grid(value.ints, value.scale, grid)
+        case Accumulated():
+            return fused.round_sums(value.ints, value.scale, grid)
+        case Sum(a, b):
+            return fused.round_sum(a.ints, b.ints, a.scale, b.scale, grid)
+        case Product(a, b):
+            return fused.round_product(a.ints, b.ints, a.scale, b.scale, grid)
+        case Average():
+            return fused.round_average(value.sums(), value.scale, value.pixels, grid)
+        case _:
+            return fused.round_reals(value, shift, grid)
 
 
 def _fma(a: Tensor, b: Tensor, c: Tensor) -> Tensor:

@@ -58,6 +58,8 @@ _FUNCTIONS: dict[Any, Kind] = {
     F.sigmoid: Kind.TABLE,
     "sigmoid": Kind.TABLE,
     F.leaky_relu: Kind.TABLE,
+    F.gelu: Kind.TABLE,
+    F.silu: Kind.TABLE,
     F.max_pool2d: Kind.PASS,
     F.pixel_shuffle: Kind.PASS,
     F.pixel_unshuffle: Kind.PASS,
@@ -82,10 +84,16 @@ _MODULES: dict[type[nn.Module], Kind] = {
     nn.Sigmoid: Kind.TABLE,
     nn.LeakyReLU: Kind.TABLE,
     nn.PReLU: Kind.TABLE,
+    nn.GELU: Kind.TABLE,
+    nn.SiLU: Kind.TABLE,
     nn.MaxPool2d: Kind.PASS,
     nn.PixelShuffle: Kind.PASS,
     nn.PixelUnshuffle: Kind.PASS,
     nn.Identity: Kind.PASS,
+}
+_TRANSCENDENTAL = {
+    *(torch.sigmoid, F.sigmoid, "sigmoid", F.gelu, F.silu),
+    *(nn.Sigmoid, nn.GELU, nn.SiLU),
 }
 REASONS: dict[Any, str] = {
     nn.ConvTranspose2d: "it does not enlarge by its stride exactly, or has groups or dilation",
@@ -107,11 +115,19 @@ class Tap(nn.Identity):
 
 
 class _Tracer(fx.Tracer):
-    """Symbolic tracing that leaves a `Tap` where each tapped submodule returned."""
+    """Symbolic tracing that leaves a `Tap` where each tapped submodule returned.
+
+    A network's own module is not looked into if it has an attribute `stays_in_float`, which says
+    why: what is computed inside it is then put on no grid; or `of_one_value`: it is a table.
+    """
 
     def __init__(self, taps: tuple[str, ...]) -> None:
         super().__init__()
         self.taps = set(taps)
+
+    def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
+        marked = hasattr(m, "stays_in_float") or hasattr(m, "of_one_value")
+        return marked or super().is_leaf_module(m, module_qualified_name)
 
     def call_module(
         self,
@@ -268,6 +284,8 @@ def _kind(node: fx.Node, network: fx.GraphModule, kinds: Mapping[fx.Node, Kind])
             return Kind.FLOAT
         if isinstance(module, nn.PReLU) and module.num_parameters > 1:
             return Kind.FLOAT
+        if hasattr(module, "of_one_value"):
+            return Kind.TABLE
         return _MODULES.get(type(module), Kind.FLOAT)
     kind = _FUNCTIONS.get(node.target, Kind.FLOAT)
     tensors = {n for n in node.all_input_nodes if kinds[n] is not Kind.NOT_A_TENSOR}
@@ -293,8 +311,9 @@ def _only_moves(node: fx.Node, tensors: set[fx.Node]) -> bool:
 def is_transcendental(node: fx.Node, network: fx.GraphModule) -> bool:
     """Whether an operation is a function that no two libraries compute alike."""
     if node.op == "call_module":
-        return isinstance(network.get_submodule(str(node.target)), nn.Sigmoid)
-    return node.target in (torch.sigmoid, F.sigmoid, "sigmoid")
+        module = network.get_submodule(str(node.target))
+        return type(module) in _TRANSCENDENTAL or hasattr(module, "of_one_value")
+    return node.target in _TRANSCENDENTAL
 
 
 def is_constant(node: fx.Node, network: fx.GraphModule) -> bool:
@@ -321,4 +340,6 @@ def reason_for_float(node: fx.Node, network: fx.GraphModule) -> str:
     module = network.get_submodule(str(node.target))
     if isinstance(module, nn.Conv2d):
         return f"padding_mode={module.padding_mode!r}; integer kernels pad with zeros"
+    if hasattr(module, "stays_in_float"):
+        return str(module.stays_in_float)
     return REASONS.get(type(module), "no integer kernel is known for it")

@@ -36,6 +36,9 @@ from sparkir.quant.quantizer import (
 FRACTION_BITS = 15
 """Of sums that flow on as real values, in steps of the grid that they reach. Eight more bits hold
 the level itself, with its zero point added, and float32 has 24."""
+IMAGE_PARTS = 2**12 + 1
+"""The same in steps of the image, 1/255, which no power of two divides. As the number is odd, no
+sum comes nearer to a tie than half a part, which is several times what float32 rounds away."""
 
 
 class QuantLayer(nn.Module):
@@ -79,8 +82,7 @@ class QuantLayer(nn.Module):
         """(C_out,), the steps of the weights."""
         scale = self.weight_quantizer.scale()
         if self.flows_to:
-            grid = torch.stack([grid.scale().detach() for grid in self.flows_to]).min()
-            unit = to_power_of_two(grid) * 2.0**-FRACTION_BITS
+            unit = torch.stack([_part_of(grid) for grid in self.flows_to]).min()
             return to_multiple(scale * input_scale.detach(), unit) / input_scale.detach()
         if self.writes is not None:
             ratio = (input_scale * scale / self.writes[0].scale()).detach()
@@ -98,6 +100,14 @@ class QuantLayer(nn.Module):
         if bias is None:
             return weight, None, scale
         return weight, round_straight_through(bias / scale), scale
+
+
+def _part_of(grid: ActivationQuantizer) -> Tensor:
+    """What sums that reach `grid` as real values count."""
+    scale = grid.scale().detach()
+    if grid.image_step is not None:
+        return scale / IMAGE_PARTS
+    return to_power_of_two(scale) * 2.0**-FRACTION_BITS
 
 
 class QuantConv2d(QuantLayer):
@@ -205,7 +215,7 @@ class GlobalAverage(nn.Module):
         """(B, C, H, W) -> (B, C, 1, 1); the grid of the result comes next."""
         if isinstance(x, Tensor):
             return x.sum((2, 3), keepdim=True) * (1 / (x.shape[2] * x.shape[3]))
-        return Average(*x, count=x.ints.shape[2] * x.ints.shape[3])
+        return Average(*x, pixels=x.ints.shape[2] * x.ints.shape[3])
 
 
 class Call(nn.Module):

@@ -180,10 +180,15 @@ class _Plan:
         self.from_tables = {n for n in self.tensors if is_transcendental(n, module)}
         self.on_carriers = self._on_carriers(module)
         self.absorbed: set[fx.Node] = set()
+        self.owners: dict[fx.Node, fx.Node] = {}
         self.asked: dict[fx.Node, set[_Request]] = {n: set() for n in self.tensors}
         for node in reversed(self.tensors):
             if self._can_be_absorbed(node):
                 self.absorbed.add(node)
+            elif self._is_rectified_part(node):
+                self.kinds = self.kinds | {node: Kind.TABLE}
+            if self.kinds[node] is Kind.CONCATENATE:
+                self.owners[node] = self._owner_of(node)
             for source in self.tensor_inputs(node):
                 self.asked[source].add(self.request_of(node))
 
@@ -212,7 +217,8 @@ class _Plan:
                 return _Request("bits", self.reading_bits(node))
             case Kind.CONCATENATE:
                 on_grid = self.grid_of(node) is not None
-                return _Request("concatenation", owner=node) if on_grid else _FLOAT
+                owner = self.owners[node]
+                return _Request("concatenation", owner=owner) if on_grid else _FLOAT
             case Kind.RELU if node in self.absorbed:
                 return _SUMS
             case Kind.TAP if self.asked[node] == {_SUMS}:
@@ -273,6 +279,31 @@ class _Plan:
         while self.kinds[source] is Kind.TAP and len(source.users) == 1:
             (source,) = self.tensor_inputs(source)
         return self.kinds[source] in _ABSORBS_RELU and len(source.users) == 1
+
+    def _owner_of(self, concatenation: fx.Node) -> fx.Node:
+        """Whose grid a concatenation is made on: that of a later one which shares a part with it.
+
+        As in dense blocks, whose every step reads all results so far; a grid for each would have
+        them rounded for each.
+        """
+        grid, parts = self.grid_of(concatenation), self.tensor_inputs(concatenation)
+        owners = {request.owner for part in parts for request in self.asked[part]}
+        sharing = [n for n in self.tensors if n in owners and self.grid_of(n) == grid]
+        return sharing[-1] if sharing else concatenation
+
+    def _is_rectified_part(self, node: fx.Node) -> bool:
+        """A ReLU between sums and a concatenation, for a runtime that fuses.
+
+        Behind the concatenation's grid, whose zero may lie anywhere, OpenVINO would do it in
+        floating point, and the concatenation and its readers with it. Ahead of the grid it makes
+        the same integers.
+        """
+        if self.kinds[node] is not Kind.RELU or not self.fuses:
+            return False
+        grid = self.grid_of(node)
+        (source,) = self.tensor_inputs(node)
+        sums = self.kinds[source] in _ABSORBS_RELU and len(source.users) == 1
+        return sums and grid is not None and grid.what == "concatenation"
 
     def _reached_layers(self, start: Kind) -> set[fx.Node]:
         """Layers met first when walking from the image, or back from the output."""
@@ -409,6 +440,8 @@ class _Rewriter:
             owner_grid = self.plan.grid_of(request.owner)
             assert owner_grid is not None
             return self._grid(request.owner, owner_grid)
+        if request == self.plan.grid_of(node):
+            node = self.plan.owners.get(node, node)
         if (node, request) not in self.grids:
             spec = self.plan.spec
             own = self.plan.grid_of(node) == request

@@ -20,6 +20,7 @@ from sparkir.quant.arithmetic import (
     to_odd_fraction,
     to_power_of_two,
 )
+from sparkir.quant.fused import round_weights, rounds_fused
 from sparkir.quant.ranges import RangeObserver, fit_grid, fit_weight_scale
 
 Learned = Literal["lsq", "pams", "none"]
@@ -76,6 +77,8 @@ class ActivationQuantizer(nn.Module):
             requires_grad=self.learned != "none",
         )
         self.image_step = image_step
+        self.ranks = 1
+        """How many processes share a batch; LSQ's gradient scale counts the values of them all."""
         self.register_buffer("zero_point", torch.tensor(0.0))
         self._zero_level = 0
         self.register_load_state_dict_post_hook(_refresh_zero_level)
@@ -115,7 +118,8 @@ class ActivationQuantizer(nn.Module):
             return cast("Quantized", value)
         scale = self.scale()
         if self.training and self.learned == "lsq":
-            scale = scale_gradient(scale, 1.0 / math.sqrt(_numel(value) * (self.levels - 1)))
+            count = self.ranks * _numel(value)
+            scale = scale_gradient(scale, 1.0 / math.sqrt(count * (self.levels - 1)))
         if isinstance(value, Quantized) and self._shares_grid(value):
             return value
         return quantize(
@@ -204,8 +208,11 @@ class WeightQuantizer(nn.Module):
         if self.training and self.learned == "lsq":
             per_channel = weight[0].numel() * self.high
             scale = scale_gradient(scale, 1.0 / math.sqrt(per_channel))
-        step = scale.view(-1, *[1] * (weight.dim() - 1))
         pams = self.learned == "pams"
+        if rounds_fused():
+            ints = round_weights(weight, scale, low=self.low, high=self.high, clip_only=pams)
+            return ints, scale.detach()
+        step = scale.view(-1, *[1] * (weight.dim() - 1))
         ints = round_to_grid(
             weight,
             step.detach() if pams else step,

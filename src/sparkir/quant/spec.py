@@ -21,7 +21,10 @@ class QuantSpec:
     every integer runtime carries them.
     """
 
-    __pydantic_config__: ClassVar[dict[str, str]] = {"extra": "forbid"}  # for recipes
+    __pydantic_config__: ClassVar[dict[str, object]] = {  # for recipes
+        "extra": "forbid",
+        "use_attribute_docstrings": True,
+    }
 
     weight_bits: int = 8
     """2 to 8; per output channel, symmetric, signed."""

@@ -7,7 +7,8 @@ a bias or a zero point, which way they round a tie. None of that can matter if
   near a tie (`arithmetic.to_odd_fraction`);
 * additions and products work on steps that are powers of two: all terms are then exact, and so is
   the sum. Sums of a layer that go on in real values count whole parts of the step of the grid that
-  they reach, 2**15 to a step, for the same reason;
+  they reach, 2**15 to a step, for the same reason. The image's own step is no power of two: there
+  they count an odd number of parts to a step, and a sum is near a tie no more than an odd fraction;
 * a grid that is read as real values is symmetric: no zero point is left to be multiplied out.
 
 Weight steps are learned per channel, so that being off by a percent costs nothing; a power of two

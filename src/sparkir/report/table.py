@@ -49,9 +49,11 @@ def cells(row: Row) -> tuple[str, ...]:
 
 def to_markdown(rows: Sequence[Row], caption: str) -> str:
     """A Markdown table with its metric convention above it."""
-    lines = [caption, "", _line(HEADER), _line(("---", "---", "---:", "---:", "---:"))]
-    return "\n".join([*lines, *(_line(cells(row)) for row in rows)]) + "\n"
+    rule = markdown_line(("---", "---", "---:", "---:", "---:"))
+    lines = [caption, "", markdown_line(HEADER), rule]
+    return "\n".join([*lines, *(markdown_line(cells(row)) for row in rows)]) + "\n"
 
 
-def _line(texts: Sequence[str]) -> str:
+def markdown_line(texts: Sequence[str]) -> str:
+    """One row of a Markdown table."""
     return "| " + " | ".join(text.replace("|", r"\|") for text in texts) + " |"

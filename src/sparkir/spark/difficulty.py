@@ -11,6 +11,8 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from sparkir.spark.batch import of_all
+
 FEATURES = ("laplacian_variance", "pixel_variance", "student_error", "teacher_gap")
 _LUMA = (0.299, 0.587, 0.114)
 _EPSILON = 1e-6
@@ -40,10 +42,10 @@ def difficulty_maps(
     luma = _luma(target)
     return torch.cat(
         [
-            _cells(_laplacian(luma), grid).var(-1, unbiased=False),
-            _cells(luma, grid).var(-1, unbiased=False),
-            _cells((student - target).abs().mean(1, keepdim=True), grid).mean(-1),
-            _cells((teacher - student).abs().mean(1, keepdim=True), grid).mean(-1),
+            to_cells(_laplacian(luma), grid).var(-1, unbiased=False),
+            to_cells(luma, grid).var(-1, unbiased=False),
+            to_cells((student - target).abs().mean(1, keepdim=True), grid).mean(-1),
+            to_cells((teacher - student).abs().mean(1, keepdim=True), grid).mean(-1),
         ],
         dim=1,
     )
@@ -65,7 +67,7 @@ def _laplacian(image: Float[Tensor, "b 1 h w"]) -> Float[Tensor, "b 1 h w"]:
     return across + down - 4 * image
 
 
-def _cells(image: Float[Tensor, "b 1 h w"], grid: int) -> Float[Tensor, "b 1 g g n"]:
+def to_cells(image: Float[Tensor, "b 1 h w"], grid: int) -> Float[Tensor, "b 1 g g n"]:
     """The pixels of each cell. Sides that G does not divide are completed by their border."""
     height, width = image.shape[-2:]
     padded = F.pad(image.float(), (0, -width % grid, 0, -height % grid), mode="replicate")
@@ -95,11 +97,11 @@ class Standardize(nn.Module):
 
     @torch.no_grad()
     def forward(self, maps: Float[Tensor, "b k g g"]) -> Float[Tensor, "b k g g"]:
-        """Standardized maps; in training, also follow the statistics."""
+        """Standardized maps; in training, also follow the statistics of the whole batch."""
         logs = (maps + _EPSILON).log()
         if self.training:
             share = torch.where(self.count == 0, 1.0, self.momentum)
-            variance, mean = torch.var_mean(logs, dim=(0, 2, 3), unbiased=False)
+            variance, mean = torch.var_mean(of_all(logs), dim=(0, 2, 3), unbiased=False)
             self.mean.lerp_(mean, share)
             self.variance.lerp_(variance, share)
             self.count.add_(1)

@@ -9,6 +9,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from sparkir.spark.batch import normal, of_all
+
 
 class Action(NamedTuple):
     """One draw from the policy."""
@@ -23,6 +25,10 @@ class Action(NamedTuple):
         """W, the draw clamped to [0, 1]; carries no gradient."""
         return self.sample.clamp(0, 1)
 
+    def of_all(self) -> Action:
+        """The draws for the whole batch, where several processes share it."""
+        return Action(of_all(self.features), of_all(self.sample))
+
 
 class Policy(nn.Module):
     """Three 3 x 3 convolutions and one learned standard deviation.
@@ -30,12 +36,14 @@ class Policy(nn.Module):
     unspecified in the paper: widths, activations, that sigma is one number, and where mu starts.
     """
 
-    def __init__(self, channels: int = 4, *, width: int = 16, sigma: float = 0.2) -> None:
-        """Start with mu = 0.5 in every cell, whatever the features."""
+    def __init__(
+        self, channels: int = 4, *, width: int = 16, sigma: float = 0.2, start: float = 0.5
+    ) -> None:
+        """Start with mu = `start` in every cell, whatever the features."""
         super().__init__()
         last = nn.Conv2d(width, 1, 3, padding=1)
         nn.init.zeros_(last.weight)
-        nn.init.constant_(last.bias, 0.5)  # type: ignore[arg-type]
+        nn.init.constant_(last.bias, start)  # type: ignore[arg-type]
         self.body = nn.Sequential(
             nn.Conv2d(channels, width, 3, padding=1),
             nn.ReLU(),
@@ -55,7 +63,7 @@ class Policy(nn.Module):
     def act(self, features: Float[Tensor, "b k g g"]) -> Action:
         """Draw W ~ N(mu, sigma), independently per cell."""
         mu, sigma = self(features)
-        return Action(features, mu + sigma * torch.randn_like(mu))
+        return Action(features, mu + sigma * normal(tuple(mu.shape), device=mu.device))
 
     def log_probability(self, action: Action) -> Float[Tensor, " b"]:
         """log N(sample; mu, sigma), summed over cells, with gradient to the policy.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -16,7 +17,6 @@ from sparkir.spark.difficulty import _luma
 _SSIM_WINDOW_PX, _SSIM_SIGMA_PX = 11, 1.5
 
 
-@torch.no_grad()
 def psnr_db(
     image: Float[Tensor, "b c h w"], target: Float[Tensor, "b c h w"]
 ) -> Float[Tensor, " b"]:
@@ -25,7 +25,6 @@ def psnr_db(
     return -10 * error.clamp_min(1e-10).log10()
 
 
-@torch.no_grad()
 def ssim(image: Float[Tensor, "b c h w"], target: Float[Tensor, "b c h w"]) -> Float[Tensor, " b"]:
     """SSIM of each image's luma, 11 x 11 Gaussian window, values in [0, 1]."""
     a, b = _luma(image).double(), _luma(target).double()
@@ -45,6 +44,7 @@ def ssim(image: Float[Tensor, "b c h w"], target: Float[Tensor, "b c h w"]) -> F
     return (luminance * structure).mean(dim=(1, 2, 3))
 
 
+@torch.no_grad()
 def reward(
     with_weights: Float[Tensor, "b c h w"],
     without: Float[Tensor, "b c h w"],
@@ -76,20 +76,26 @@ def undone(optimizer: optim.Optimizer) -> Iterator[None]:
     """
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
     saved = [p.detach().clone() for p in parameters]
-    gradients = [None if p.grad is None else p.grad.clone() for p in parameters]
+    gradients = [None if p.grad is None else (p.grad, p.grad.clone()) for p in parameters]
     state = {p: _copied(optimizer.state[p]) for p in parameters if p in optimizer.state}
+    settings = [{k: v for k, v in g.items() if k != "params"} for g in optimizer.param_groups]
+    groups = [_copied(values) for values in settings]
     try:
         yield
     finally:
         with torch.no_grad():
             for parameter, value, gradient in zip(parameters, saved, gradients, strict=True):
                 parameter.copy_(value)
-                parameter.grad = gradient
+                parameter.grad = None if gradient is None else gradient[0].copy_(gradient[1])
         for parameter in parameters:
             optimizer.state.pop(parameter, None)
             if parameter in state:
                 optimizer.state[parameter] = state[parameter]
+        for group, values in zip(optimizer.param_groups, groups, strict=True):
+            for key in group.keys() - values.keys() - {"params"}:
+                del group[key]
+            group.update(values)
 
 
 def _copied(state: dict[str, Any]) -> dict[str, Any]:
-    return {k: v.clone() if isinstance(v, Tensor) else v for k, v in state.items()}
+    return {k: v.clone() if isinstance(v, Tensor) else copy.deepcopy(v) for k, v in state.items()}

@@ -13,8 +13,12 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn, optim
 
-from sparkir.spark.difficulty import FEATURES, Standardize, difficulty_maps
+from sparkir.spark.batch import normal, of_all
+from sparkir.spark.difficulty import FEATURES, Standardize, difficulty_maps, to_cells
 from sparkir.spark.policy import Action, Policy
+
+_BOUND = 1.5
+"""Of the logarithm of a wish: no cell counts more than e**3 times as much as another."""
 
 
 def to_pixels(weights: Float[Tensor, "b 1 g g"], size: tuple[int, int]) -> Float[Tensor, "b 1 h w"]:
@@ -30,6 +34,8 @@ class Weighting(nn.Module):
 
     alpha, beta = 1.0, 10.0
     """What a learning source's reward is made of: per dB of PSNR, and per unit of SSIM."""
+    grid, reach = 8, 0.01
+    """Where and how far a source that wants credit looks ahead; see `credit.cell_credit`."""
 
     def forward(
         self,
@@ -46,6 +52,14 @@ class Weighting(nn.Module):
 
     def learn(self, reward: Float[Tensor, " b"]) -> dict[str, float]:
         """Improve with the reward of the last map; returns what to log."""
+        raise NotImplementedError
+
+    def wants_credit_at(self, step: int) -> bool:
+        """Whether `learn_credit` wants the credit of the map made at `step`; see `credit`."""
+        return False
+
+    def learn_credit(self, credit: Float[Tensor, "half 1 g g"]) -> dict[str, float]:
+        """Improve with the credit of the cells of the last map's second half."""
         raise NotImplementedError
 
 
@@ -66,16 +80,18 @@ class Constant(Weighting):
 class Random(Weighting):
     """Noise with the distribution of SPARK's W: what is left of it without the policy."""
 
-    def __init__(self, *, mean: float = 0.5, sigma: float = 0.2, grid: int = 8) -> None:
-        """W = clamp(N(mean, sigma)) per cell."""
+    def __init__(
+        self, *, mean: float = 0.5, sigma: float = 0.2, grid: int = 8, highest: float = 1.0
+    ) -> None:
+        """W = clamp(N(mean, sigma)) per cell, to [0, highest]."""
         super().__init__()
-        self.mean, self.sigma, self.grid = mean, sigma, grid
+        self.mean, self.sigma, self.grid, self.highest = mean, sigma, grid, highest
 
     def forward(self, student: Tensor, teacher: Tensor, target: Tensor) -> Tensor:
         """A fresh map for every image."""
         shape = (student.shape[0], 1, self.grid, self.grid)
-        draw = self.mean + self.sigma * torch.randn(shape, device=student.device)
-        return to_pixels(draw.clamp(0, 1), (student.shape[-2], student.shape[-1]))
+        draw = self.mean + self.sigma * normal(shape, device=student.device)
+        return to_pixels(draw.clamp(0, self.highest), (student.shape[-2], student.shape[-1]))
 
 
 class Fixed(Weighting):
@@ -161,13 +177,13 @@ class SparkPaper(Weighting):
         return step % self.reward_every == 0
 
     def learn(self, reward: Float[Tensor, " b"]) -> dict[str, float]:
-        """One REINFORCE step on the last draw.
+        """One REINFORCE step on the last draw, the same in every process that shares the batch.
 
         unspecified in the paper: the estimator, the baseline (the batch's mean, divided by its
         deviation), the entropy bonus and the optimizer.
         """
-        action = self._action
-        assert action is not None, "learn follows a forward in training"
+        assert self._action is not None, "learn follows a forward in training"
+        action, reward = self._action.of_all(), of_all(reward)
         reward = reward.double()  # equal float32 rewards may differ from their rounded mean
         deviation = reward.std(unbiased=False)
         advantage = (reward - reward.mean()) / (deviation + 1e-8)
@@ -197,12 +213,110 @@ class SparkPaper(Weighting):
         self.optimizer.load_state_dict(state["optimizer"])  # type: ignore[arg-type]
 
 
+class Spark(Weighting):
+    """Our own: an allocation of mean 1, learned from the credit of every cell (`credit`).
+
+    What differs from the paper, and why:
+
+    * W is an allocation, exp(a) / mean(exp(a)) for each image, and says nothing about strength.
+    * Every cell has a credit of its own, known to first order, so the policy follows the exact
+      gradient of what it stands to gain; nothing need be drawn. A bonus on the entropy of the
+      allocation keeps it uniform where the credits are noise.
+    * The credit comes from other images of the batch.
+    * The policy also sees the teacher's error: where not to imitate.
+    """
+
+    def __init__(
+        self,
+        *,
+        grid: int = 8,
+        reward_every: int = 8,
+        learning_rate: float = 1e-3,
+        entropy_bonus: float = 0.25,
+        reach: float = 0.01,
+        alpha: float = 1.0,
+        beta: float = 10.0,
+    ) -> None:
+        """Make an untrained policy, whose allocation is uniform.
+
+        Args:
+            grid: cells per side.
+            reward_every: steps between two credits, each of which costs about one more step.
+            learning_rate: of the policy's Adam.
+            entropy_bonus: how much credit, in deviations, an uneven allocation must earn.
+            reach: size of the look-ahead, relative to each tensor of weights.
+            alpha: reward per dB of PSNR gained.
+            beta: reward per unit of SSIM gained.
+        """
+        super().__init__()
+        self.grid, self.reward_every, self.entropy_bonus = grid, reward_every, entropy_bonus
+        self.reach, self.alpha, self.beta = reach, alpha, beta
+        signals = len(FEATURES) + 1
+        self.standardize = Standardize(signals)
+        self.policy = Policy(signals, start=0.0)
+        self.policy.log_sigma.requires_grad_(False)  # nothing is drawn
+        self.optimizer = optim.Adam(self.policy.body.parameters(), lr=learning_rate)
+        self._features: Tensor | None = None
+
+    def forward(self, student: Tensor, teacher: Tensor, target: Tensor) -> Tensor:
+        """The policy's allocation."""
+        maps = difficulty_maps(student, teacher, target, grid=self.grid)
+        teacher_error = to_cells((teacher - target).abs().mean(1, keepdim=True), self.grid).mean(-1)
+        features = self.standardize(torch.cat([maps, teacher_error], 1))
+        if self.training:
+            self._features = features
+        with torch.no_grad():
+            weights = self._allocation(features).exp()
+        return to_pixels(weights, (student.shape[-2], student.shape[-1]))
+
+    def wants_credit_at(self, step: int) -> bool:
+        """Every `reward_every`-th step."""
+        return step % self.reward_every == 0
+
+    def learn_credit(self, credit: Float[Tensor, "half 1 g g"]) -> dict[str, float]:
+        """One step up the gradient of mean(W * credit) + entropy_bonus * entropy(W).
+
+        The same in every process that shares the batch, with the credit of all of it.
+        """
+        assert self._features is not None, "learn_credit follows a forward in training"
+        deviation = credit.square().mean().sqrt()
+        standard = credit / deviation.clamp_min(torch.finfo(credit.dtype).tiny)
+        logarithm = self._allocation(of_all(self._features)[-len(credit) :])
+        weights = logarithm.exp()
+        gain, divergence = (weights * standard).mean(), (weights * logarithm).mean()
+        loss = self.entropy_bonus * divergence - gain
+        self.optimizer.zero_grad()
+        loss.backward()
+        self.optimizer.step()
+        return {
+            "credit": float(credit.mean()),
+            "credit_deviation": float(deviation),
+            "gain": float(gain.detach() - standard.mean()),
+            "divergence": float(divergence.detach()),
+            "policy_loss": float(loss.detach()),
+        }
+
+    def _allocation(self, features: Tensor) -> Float[Tensor, "b 1 g g"]:
+        """log W, with mean(W) = 1 over each image's cells."""
+        wish = _BOUND * torch.tanh(self.policy(features)[0] / _BOUND)
+        return wish - wish.exp().mean(dim=(2, 3), keepdim=True).log()
+
+    def get_extra_state(self) -> dict[str, object]:
+        """The policy's optimizer travels with it."""
+        return {"optimizer": self.optimizer.state_dict()}
+
+    def set_extra_state(self, state: dict[str, object]) -> None:
+        """Restore the policy's optimizer."""
+        self.optimizer.load_state_dict(state["optimizer"])  # type: ignore[arg-type]
+
+
 _SOURCES: dict[str, Callable[..., Weighting]] = {
     "uniform": Constant,
     "constant": Constant,
     "random": Random,
     "confidence": Confidence,
     "spark-paper": SparkPaper,
+    "spark": Spark,
 } | {f"fixed:{name}": (lambda name=name, **options: Fixed(name, **options)) for name in FEATURES}
 
 

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,8 +14,12 @@ from torch import Tensor, nn
 
 from sparkir.distill.task import DistillationTask, StepLosses
 from sparkir.errors import SparkirError
+from sparkir.quant.fused import fused_rounding
+from sparkir.spark.batch import averaged, of_all
+from sparkir.spark.credit import cell_credit
 from sparkir.spark.reward import reward, undone
 from sparkir.spark.weighting import Weighting
+from sparkir.train.distribute import Devices
 from sparkir.train.optimize import Schedule, rate_factor, set_rates
 from sparkir.train.state import TrainState
 
@@ -24,6 +29,10 @@ Report = Callable[[dict[str, Any]], None]
 
 class Interrupted(Exception):  # noqa: N818 - it is no error
     """The run was asked to stop, and did so after saving its state."""
+
+
+class Diverged(SparkirError):  # noqa: N818 - what happened, as with Interrupted
+    """The loss, a gradient or a reward is no longer finite: the same run would do it again."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -36,6 +45,8 @@ class LoopSettings:
     clip_norm: float = 0.0
     """Largest gradient norm; 0 for no limit."""
     bfloat16: bool = False
+    compiled: bool = False
+    """Whether grids are rounded to in compiled passes (`quant.fused`)."""
     log_every: int = 10
     evaluate_every: int = 0
     """0: not before the end."""
@@ -51,73 +62,97 @@ def train(
     evaluate: Callable[[nn.Module], float],
     report: Report,
     stop_requested: Callable[[], bool] = lambda: False,
+    devices: Devices | None = None,
 ) -> None:
     """Train `task.student` from `state.step` to the end.
 
     Args:
         task: the losses.
-        state: advanced in place; holds the same student and weighting as `task`.
+        state: advanced in place; holds the same student, weighting and method as `task`.
         settings: how long and how often.
         checkpoint: where the state is saved, and a second file `best.pt` beside it.
         evaluate: PSNR in dB of a network on the validation images.
         report: receives `step`, `policy`, `evaluation` and `checkpoint` events.
         stop_requested: asked after each step; when true, the state is saved and `Interrupted`
             raised.
+        devices: the processes that share the batches, all of which call this; alone when None.
+            The first one writes the checkpoints.
 
     Raises:
-        SparkirError: the loss or a gradient is no longer finite; the last checkpoint is good.
+        Diverged: the loss or a gradient is no longer finite; the last checkpoint is good.
         Interrupted: see `stop_requested`.
     """
     device = next(task.student.parameters()).device
     weighting, optimizer = task.weighting, state.optimizer
     trained = [p for group in optimizer.param_groups for p in group["params"]]
+    devices = devices or Devices()
+    step_losses = devices.wrap(task, trained)
     task.train()
 
     while state.step < settings.steps:
         step, began = state.step, time.perf_counter()
-        lq, gt = (_to_unit_range(images, device) for images in state.sampler.next())
+        lq, gt, *teacher = (_to_unit_range(images, device) for images in state.sampler.next())
         loaded = time.perf_counter()
         set_rates(optimizer, _rate_factor(step, settings))
 
-        with torch.autocast(device.type, torch.bfloat16, enabled=settings.bfloat16):
-            losses = task(lq, gt)
-        loss = losses.total()
+        with _computing(settings, device):
+            losses = step_losses(lq, gt, *teacher)
+        loss, gt = losses.total(), losses.gt  # as the student restores it
 
-        learning = weighting.learns_at(step) and losses.distance is not None
+        if weighting.wants_credit_at(step) and losses.weights is not None:
+            _learn_credit(weighting, losses, task, lq, gt, trained, settings, step, report)
+        learning = weighting.learns_at(step) and losses.weights is not None
         if learning:  # the same step without spatial allocation, taken and undone
-            other = torch.autograd.grad(
-                losses.total_without_allocation(), trained, retain_graph=True, allow_unused=True
+            other = averaged(
+                torch.autograd.grad(
+                    losses.total_without_allocation(), trained, retain_graph=True, allow_unused=True
+                )
             )
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
-        norm = _checked_norm(trained, loss, step, settings, checkpoint)
+        loss = devices.mean(loss)
+        norm = _checked_norm(trained, loss, step, settings, checkpoint, devices)
         if learning:
             without = _output_after(other, task, lq, optimizer, trained, settings)
         optimizer.step()
         if learning:
-            _learn(weighting, _output(task, lq, settings), without, gt, step, report, checkpoint)
+            output = _output(task, lq, settings)
+            gain = _gain(weighting, output, without, gt, step, checkpoint, devices)
+            report({"kind": "policy", "step": step} | weighting.learn(gain))
         if state.average is not None:
             state.average.update_parameters(task.student)
 
         state.step += 1
         if state.step % settings.log_every == 0 or state.step == settings.steps:
-            summary = _summary(losses, loss, norm, optimizer)
+            summary = _summary(losses, loss, norm, optimizer, devices)
             took_s = time.perf_counter() - began
             times = {"step_s": took_s, "data_share": (loaded - began) / took_s}
             report({"kind": "step", "step": state.step} | summary | times)
         if _is_due(state.step, settings.evaluate_every, settings.steps):
-            _evaluate(state, evaluate, checkpoint, report)
-        stopping = stop_requested() and state.step < settings.steps
+            _evaluate(state, evaluate, checkpoint, report, devices)
+        stopping = devices.any(stop_requested()) and state.step < settings.steps
         if stopping or _is_due(state.step, settings.checkpoint_every, settings.steps):
-            state.save(checkpoint)
+            if devices.first:
+                state.save(checkpoint)
             report({"kind": "checkpoint", "step": state.step, "path": checkpoint.name})
         if stopping:
+            devices.wait()  # where one process is gone, torchrun ends the others, saved or not
             raise Interrupted
 
 
 def _to_unit_range(images: Tensor, device: torch.device) -> Tensor:
-    """uint8 -> float32 in [0, 1]."""
-    return images.to(device).float() / 255
+    """uint8 -> float32 in [0, 1]; what is float32 already stays."""
+    return images.to(device).float() / 255 if images.dtype == torch.uint8 else images.to(device)
+
+
+@contextmanager
+def _computing(settings: LoopSettings, device: torch.device) -> Iterator[None]:
+    """How a forward pass of training computes."""
+    with (
+        torch.autocast(device.type, torch.bfloat16, enabled=settings.bfloat16),
+        fused_rounding(settings.compiled),
+    ):
+        yield
 
 
 def _rate_factor(step: int, settings: LoopSettings) -> float:
@@ -132,6 +167,7 @@ def _checked_norm(
     step: int,
     settings: LoopSettings,
     checkpoint: Path,
+    devices: Devices,
 ) -> float:
     """Clip the gradients, return their norm; refuse to step on anything that is not finite."""
     limit = settings.clip_norm or float("inf")
@@ -139,12 +175,12 @@ def _checked_norm(
     if torch.isfinite(loss) and norm < float("inf"):
         return norm
     what = f"the loss is {float(loss.detach())} and the gradient norm {norm}"
-    raise _diverged(what, step, checkpoint)
+    raise devices.alike(_diverged(what, step, checkpoint))
 
 
-def _diverged(what: str, step: int, checkpoint: Path) -> SparkirError:
+def _diverged(what: str, step: int, checkpoint: Path) -> Diverged:
     kept = f"the last good state is {checkpoint}" if checkpoint.exists() else "nothing was saved"
-    return SparkirError(
+    return Diverged(
         f"{what} at step {step}; {kept}. Lower train.learning_rate or set train.clip_norm"
     )
 
@@ -170,47 +206,102 @@ def _output_after(
 @torch.no_grad()
 def _output(task: DistillationTask, lq: Tensor, settings: LoopSettings) -> Tensor:
     """The student's output, leaving its buffers (batch statistics) and the generators alone."""
-    buffers = list(task.student.buffers())
-    before = [buffer.clone() for buffer in buffers]
     devices = [lq.device] if lq.device.type == "cuda" else []
     with (
         torch.random.fork_rng(devices),
-        torch.autocast(lq.device.type, torch.bfloat16, enabled=settings.bfloat16),
+        _computing(settings, lq.device),
+        _buffers_aside(task.student),
     ):
-        output = task.run_student(lq)
-    for buffer, value in zip(buffers, before, strict=True):
-        buffer.copy_(value)
-    return output
+        return task.run_student(lq)
 
 
-def _learn(
+@contextmanager
+def _buffers_aside(student: nn.Module) -> Iterator[None]:
+    """Copies stand in for the buffers, which a backward pass that is still to come may need.
+
+    Writing the old values back would not do: autograd refuses a tensor that was written to.
+    """
+    own = [
+        (module, name, buffer)
+        for module in student.modules()
+        for name, buffer in module.named_buffers(recurse=False)
+    ]
+    for module, name, buffer in own:
+        setattr(module, name, buffer.clone())
+    try:
+        yield
+    finally:
+        for module, name, buffer in own:
+            setattr(module, name, buffer)
+
+
+def _learn_credit(
+    weighting: Weighting,
+    losses: StepLosses,
+    task: DistillationTask,
+    lq: Tensor,
+    gt: Tensor,
+    trained: list[Tensor],
+    settings: LoopSettings,
+    step: int,
+    report: Report,
+) -> None:
+    """Credit the cells of W, before the step is taken."""
+    assert losses.teacher is not None
+    credit = cell_credit(
+        lambda images: _output(task, images, settings),
+        trained,
+        lq,
+        output=losses.output,
+        teacher=losses.teacher,
+        target=gt,
+        alpha=weighting.alpha,
+        beta=weighting.beta,
+        grid=weighting.grid,
+        reach=weighting.reach,
+    )
+    report({"kind": "policy", "step": step} | weighting.learn_credit(credit))
+
+
+def _gain(
     weighting: Weighting,
     output: Tensor,
     without: Tensor,
     gt: Tensor,
     step: int,
-    report: Report,
     checkpoint: Path,
-) -> None:
+    devices: Devices,
+) -> Tensor:
+    """Each image's reward; refuse to learn from anything that is not finite."""
     gain = reward(output, without, gt, alpha=weighting.alpha, beta=weighting.beta)
-    if not gain.isfinite().all():
-        raise _diverged(f"the reward is {gain.tolist()}", step, checkpoint)
-    report({"kind": "policy", "step": step} | weighting.learn(gain))
+    found = of_all(gain)
+    if not found.isfinite().all():
+        raise devices.alike(_diverged(f"the reward is {found.tolist()}", step, checkpoint))
+    return gain
 
 
 def _summary(
-    losses: StepLosses, loss: Tensor, norm: float, optimizer: torch.optim.Optimizer
+    losses: StepLosses,
+    loss: Tensor,
+    norm: float,
+    optimizer: torch.optim.Optimizer,
+    devices: Devices,
 ) -> dict[str, float]:
+    """What the log says of a step, of the whole batch."""
     summary = {
-        "loss": float(loss.detach()),
-        "reconstruction": float(losses.reconstruction.detach()),
-        "distillation": float(losses.distillation().detach()),
+        "loss": float(loss),
+        "reconstruction": float(devices.mean(losses.reconstruction)),
+        "distillation": float(devices.mean(losses.distillation())),
         "gradient_norm": norm,
         "learning_rate": optimizer.param_groups[0]["lr"],
     }
+    parts = losses.parts()
+    if len(parts) > 1:
+        summary |= {f"distillation_{name}": float(loss.detach()) for name, loss in parts.items()}
     if losses.weights is not None:
-        summary["mean_weight"] = float(losses.weights.mean())
-        summary["weight_deviation"] = float(losses.weights.std())
+        weights = of_all(losses.weights)
+        summary["mean_weight"] = float(weights.mean())
+        summary["weight_deviation"] = float(weights.std())
     return summary
 
 
@@ -223,11 +314,13 @@ def _evaluate(
     evaluate: Callable[[nn.Module], float],
     checkpoint: Path,
     report: Report,
+    devices: Devices,
 ) -> None:
     network: nn.Module = state.student if state.average is None else state.average.module
     psnr_db = evaluate(network)
     is_best = psnr_db > state.best.get("psnr_db", float("-inf"))
     if is_best:
         state.best = {"step": float(state.step), "psnr_db": psnr_db}
-        state.save(checkpoint.with_name("best.pt"))
+        if devices.first:
+            state.save(checkpoint.with_name("best.pt"))
     report({"kind": "evaluation", "step": state.step, "psnr_db": psnr_db, "best": is_best})

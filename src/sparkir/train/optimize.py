@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
 from typing import Any, Literal
 
 import torch
@@ -23,16 +24,20 @@ def build_optimizer(
     learning_rate: float,
     grid_learning_rate: float,
     weight_decay: float,
+    beside: Iterable[nn.Parameter] = (),
 ) -> optim.Optimizer:
     """Adam or AdamW with two groups: the network, and the steps of its grids.
 
     Grid steps are logarithms, so their rate is a share per step; decay would shrink the grids.
+    What is trained `beside` the student, such as a projection of its features, is treated as the
+    network is.
     """
     grids: list[nn.Parameter] = []
     network: list[nn.Parameter] = []
     for parameter_name, parameter in student.named_parameters():
         if parameter.requires_grad:
             (grids if parameter_name.endswith("log_scale") else network).append(parameter)
+    network += [parameter for parameter in beside if parameter.requires_grad]
     groups = [
         {"params": network, "lr": learning_rate, "weight_decay": weight_decay},
         {"params": grids, "lr": grid_learning_rate, "weight_decay": 0.0},

@@ -25,6 +25,8 @@ class TrainState:
 
     student: nn.Module
     weighting: nn.Module
+    method: nn.Module
+    """What the distillation method trains or remembers besides the student."""
     optimizer: optim.Optimizer
     sampler: PatchSampler
     average: AveragedModel | None = None
@@ -39,6 +41,7 @@ class TrainState:
             "format": FORMAT,
             "student": self.student.state_dict(),
             "weighting": self.weighting.state_dict(),
+            "method": self.method.state_dict(),
             "optimizer": self.optimizer.state_dict(),
             "sampler": self.sampler.state_dict(),
             "average": None if self.average is None else self.average.state_dict(),
@@ -60,6 +63,7 @@ class TrainState:
             )
         self.student.load_state_dict(state["student"])
         self.weighting.load_state_dict(state["weighting"])
+        self.method.load_state_dict(state.get("method", {}))  # older files: plain distillation
         self.optimizer.load_state_dict(state["optimizer"])
         self.sampler.load_state_dict(state["sampler"])
         if (self.average is None) != (state["average"] is None):
@@ -112,7 +116,8 @@ def _random_state() -> dict[str, Any]:
         "python": [version, list(words), gauss],
         "numpy": numpy_state,
         "torch": torch.get_rng_state(),
-        "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],
+        # Of the GPU that this process trains on; those of other processes are in the same state.
+        "cuda": [torch.cuda.get_rng_state()] if torch.cuda.is_available() else [],
     }
 
 
@@ -124,4 +129,4 @@ def _restore_random_state(state: dict[str, Any]) -> None:
     np.random.set_state(numpy_state | {"state": numpy_state["state"] | {"key": key}})
     torch.set_rng_state(state["torch"])
     if state["cuda"]:
-        torch.cuda.set_rng_state_all(state["cuda"])
+        torch.cuda.set_rng_state(state["cuda"][0])

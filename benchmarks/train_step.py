@@ -1,0 +1,430 @@
+"""What a training step costs: float, quantized, distilled and SPARK, side by side.
+
+    python benchmarks/train_step.py                      # the table, minutes on one core
+    python benchmarks/train_step.py --json result.json
+
+All contenders train EDSR-baseline x4 (LR patch 48, batch 4) in one process, through the real loop,
+in turn, round after round; medians are reported. On a CPU one thread is used and CPU time counted,
+so that other work on the machine adds little; on a GPU it is the wall clock around synchronized
+steps.
+The teacher is an EDSR of five times the student's cost. Peak memory and cold starts are measured in
+processes of their own. The exit status is 1 if a ratio that must be reached is not.
+"""
+
+import argparse
+import json
+import os
+import platform
+import resource
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch counts the cores
+
+import numpy as np
+import torch
+
+from sparkir.assemble import Materials, build_network, build_student, calibration_crops, device_for
+from sparkir.data.degrade import bicubic_resize
+from sparkir.data.outputs import OutputStore, output_store
+from sparkir.data.pairs import Batch, PairStore, PatchSampler
+from sparkir.recipe import Recipe, from_values
+from sparkir.run import loop_settings, training_of
+from sparkir.train.loop import train
+
+STUDENT = {"model": "edsr", "options": {"scale": 4}}
+TEACHER = {"model": "edsr", "options": {"scale": 4, "width": 144}}  # 5.05 times the products
+BATCH, PATCH_PX = 4, 48
+IMAGE_PX, IMAGES = 768, 8
+MEMORY_STEPS = 10
+"""More than a reward period: the steps over which the peak of memory is looked for."""
+
+
+@dataclass(frozen=True)
+class Contender:
+    """One way of training."""
+
+    name: str
+    quantized: bool = True
+    teacher: str = ""
+    """"" for none, `runs` at every step, `stored` if its outputs are."""
+    weighting: str = "uniform"
+    precision: str = "float32"
+    channels_last: bool = False
+    compile: bool = False
+
+    def recipe(self) -> Recipe:
+        """The recipe that trains so."""
+        values: dict[str, Any] = {
+            "name": self.name,
+            "data": {"train": "-", "test": "-", "scale": 4, "patch_px": PATCH_PX, "batch": BATCH},
+            "student": STUDENT,
+            "train": {
+                "steps": 1_000_000,
+                "precision": self.precision,
+                "channels_last": self.channels_last,
+                "compile": self.compile,
+                "log_every": 1_000_000,
+                "checkpoint_every": 1_000_000,
+                "calibration_images": 8,
+            },
+        }
+        if self.quantized:
+            values["quant"] = {}
+        if self.teacher:
+            values |= {"teacher": TEACHER, "distill": {}, "weighting": {"name": self.weighting}}
+        return from_values(values, "the benchmark")
+
+
+FAST = {"precision": "bfloat16", "channels_last": True}
+CONTENDERS = (
+    Contender("float, float32", quantized=False),
+    Contender("float, float32, channels_last", quantized=False, channels_last=True),
+    Contender("float, bfloat16, channels_last", quantized=False, **FAST),
+    Contender("QAT, float32"),
+    Contender("QAT, float32, channels_last, compile", channels_last=True, compile=True),
+    Contender("QAT, bfloat16, channels_last", **FAST),
+    Contender("QAT, bfloat16, channels_last, compile", **FAST, compile=True),
+    Contender("KD, teacher runs", teacher="runs", **FAST, compile=True),
+    Contender("KD, teacher stored", teacher="stored", **FAST, compile=True),
+    Contender("SPARK", teacher="stored", weighting="spark", **FAST, compile=True),
+    Contender("SPARK (paper)", teacher="stored", weighting="spark-paper", **FAST, compile=True),
+)
+BY_NAME = {contender.name: contender for contender in CONTENDERS}
+
+
+@dataclass(frozen=True)
+class Ratio:
+    """One line of the result: what is divided by what, and how far it has to come."""
+
+    name: str
+    above: tuple[str, ...]
+    """The fastest of these is meant."""
+    below: tuple[str, ...]
+    must: float
+    aim: float
+    needs_fast_bfloat16: bool = False
+
+
+def names(*, quantized: bool, precision: str = "") -> tuple[str, ...]:
+    """Contenders without a teacher."""
+    return tuple(
+        c.name
+        for c in CONTENDERS
+        if not c.teacher and c.quantized == quantized and precision in c.precision
+    )
+
+
+RATIOS = (
+    Ratio("QAT / float", names(quantized=True), names(quantized=False), 1.30, 1.10),
+    Ratio("uniform KD / QAT", ("KD, teacher stored",), names(quantized=True), 1.10, 1.02),
+    Ratio("SPARK / uniform KD", ("SPARK",), ("KD, teacher stored",), 1.15, 1.03),
+    Ratio("SPARK (paper) / uniform KD", ("SPARK (paper)",), ("KD, teacher stored",), 1.15, 1.03),
+    Ratio(
+        "bfloat16 QAT / float32 QAT",
+        names(quantized=True, precision="bfloat16"),
+        names(quantized=True, precision="float32"),
+        0.40,
+        0.25,
+        needs_fast_bfloat16=True,
+    ),
+)
+LARGEST_DATA_SHARE = 0.05
+LARGEST_MEMORY_RATIO = 1.10
+
+
+def clock_s(device: torch.device) -> float:
+    """CPU seconds of this process; on a GPU, the time of day when all work is done."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+        return time.perf_counter()
+    return time.process_time()
+
+
+class TimedSampler:
+    """A sampler that remembers when it was asked, and when it had answered."""
+
+    def __init__(self, sampler: PatchSampler, device: torch.device) -> None:
+        self.sampler, self.device = sampler, device
+        self.asked_s: list[float] = []
+        self.answered_s: list[float] = []
+
+    def next(self) -> Batch:
+        self.asked_s.append(clock_s(self.device))
+        batch = self.sampler.next()
+        self.answered_s.append(clock_s(self.device))
+        return batch
+
+    def state_dict(self) -> dict[str, Any]:
+        return {}  # checkpoints are written, and never read
+
+
+class Training:
+    """A contender in the middle of its training."""
+
+    def __init__(self, contender: Contender, folder: Path) -> None:
+        recipe, data = contender.recipe(), images()
+        device = device_for(recipe)
+        torch.manual_seed(0)
+        teacher = None
+        if recipe.teacher is not None:
+            teacher = build_network(recipe.teacher).eval().to(device)
+        materials = Materials(
+            train=data,
+            test=data,
+            teacher=teacher,
+            student=build_student(recipe, teacher).to(device),
+            crops=calibration_crops(data, recipe),
+        )
+        outputs = stored_outputs(data, folder) if contender.teacher == "stored" else None
+        self.task, self.state = training_of(recipe, materials, outputs=outputs)
+        self.sampler = TimedSampler(self.state.sampler, device)
+        self.state.sampler = self.sampler  # type: ignore[assignment]
+        self.settings = loop_settings(recipe, device)
+        self.device, self.folder, self.contender = device, folder, contender
+        self.learns = hasattr(self.task.weighting, "reward_every")
+        self.period: int = getattr(self.task.weighting, "reward_every", 3)
+
+    def run(self, steps: int) -> tuple[list[float], float]:
+        """Train so many steps; seconds of each, and those that its batches took in all."""
+        ended_s: list[float] = []
+
+        def ends() -> bool:
+            ended_s.append(clock_s(self.device))
+            return False
+
+        asked = len(self.sampler.asked_s)
+        train(
+            self.task,
+            self.state,
+            replace(self.settings, steps=self.state.step + steps),
+            checkpoint=self.folder / "last.pt",
+            evaluate=lambda network: float("-inf"),
+            report=lambda event: None,
+            stop_requested=ends,
+        )
+        began_s, answered_s = self.sampler.asked_s[asked:], self.sampler.answered_s[asked:]
+        steps_s = [end - begin for begin, end in zip(began_s, ended_s, strict=True)]
+        waited_s = sum(a - b for a, b in zip(answered_s, began_s, strict=True))
+        return steps_s, waited_s
+
+
+def images() -> PairStore:
+    """Noise in pictures of a common size: what is in them does not change the time."""
+    rng = np.random.default_rng(0)
+    gt = [rng.integers(0, 256, (IMAGE_PX, IMAGE_PX, 3), dtype=np.uint8) for _ in range(IMAGES)]
+    lq = [bicubic_resize(image, scale=0.25) for image in gt]
+    return PairStore(names=[str(i) for i in range(IMAGES)], gt=gt, lq=lq, scale=4)
+
+
+def stored_outputs(data: PairStore, folder: Path) -> OutputStore:
+    """Outputs of no real teacher, on the disk as a real one's would be."""
+    store = output_store(folder, ["benchmark"], [(IMAGE_PX, IMAGE_PX)] * IMAGES)
+    for index in store.missing():
+        store.write(
+            index, data.pair(index)[1].astype(np.uint16) * np.uint16(128) + np.uint16(2**14)
+        )
+    return store
+
+
+def measure(rounds: int, folder: Path) -> dict[str, dict[str, Any]]:
+    """Median seconds of a step of every contender, measured in turn."""
+    trainings = [Training(contender, folder) for contender in CONTENDERS]
+    for training in trainings:
+        say(f"first steps of {training.contender.name}")
+        training.run(training.period if training.learns else 2)  # compiles, and warms up
+    found: dict[str, dict[str, Any]] = {c.name: asdict(c) | {"rounds_s": []} for c in CONTENDERS}
+    waited_s: dict[str, list[float]] = {c.name: [] for c in CONTENDERS}
+    for number in range(rounds):
+        for training in trainings[number % len(trainings) :] + trainings[: number % len(trainings)]:
+            name = training.contender.name
+            say(f"round {number + 1} of {rounds}: {name}")
+            steps_s, data_s = training.run(training.period)
+            # A period of steps of which one learns has a mean; all others are alike.
+            average = statistics.mean if training.learns else statistics.median
+            found[name]["rounds_s"].append(average(steps_s))
+            waited_s[name].append(data_s / sum(steps_s))
+    for name, row in found.items():
+        row["step_s"] = statistics.median(row["rounds_s"])
+        row["data_share"] = statistics.median(waited_s[name])
+    return found
+
+
+def in_own_process(what: str, name: str, cache: Path | None = None) -> float:
+    """`memory` or `start` of one contender, from a fresh process."""
+    environment = dict(os.environ)
+    if cache is not None:
+        environment["TORCHINDUCTOR_CACHE_DIR"] = str(cache)
+    say(f"{what} of {name}")
+    command = [sys.executable, __file__, "--child", what, name]
+    done = subprocess.run(command, env=environment, check=True, stdout=subprocess.PIPE, text=True)
+    return float(done.stdout.splitlines()[-1])
+
+
+def child(what: str, name: str) -> float:
+    """Peak MiB over a reward period, or seconds of the first step beyond those of a later one."""
+    with tempfile.TemporaryDirectory() as folder:
+        training = Training(BY_NAME[name], Path(folder))
+        if what == "start":
+            began_s = time.perf_counter()
+            training.run(1)
+            first_s = time.perf_counter() - began_s
+            return first_s - min(training.run(2)[0])
+        training.run(MEMORY_STEPS)
+        return peak_mib(training.device)
+
+
+def peak_mib(device: torch.device) -> float:
+    """The most memory that this process held: the GPU's where there is one."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 2**20
+    status = Path("/proc/self/status")
+    if status.exists():  # getrusage would begin at the peak of the parent
+        line = next(s for s in status.read_text("ascii").splitlines() if s.startswith("VmHWM"))
+        return int(line.split()[1]) / 2**10
+    unit = 1 if sys.platform == "darwin" else 2**10
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**20
+
+
+def fastest(found: dict[str, dict[str, Any]], contenders: tuple[str, ...]) -> dict[str, Any]:
+    return min((found[name] for name in contenders), key=lambda row: row["step_s"])
+
+
+def judged(found: dict[str, dict[str, Any]], memory_mib: dict[str, float]) -> list[dict[str, Any]]:
+    """Every ratio with what it must reach."""
+    lines = []
+    for ratio in RATIOS:
+        above, below = fastest(found, ratio.above), fastest(found, ratio.below)
+        lines.append(
+            {
+                "name": ratio.name,
+                "value": above["step_s"] / below["step_s"],
+                "must": ratio.must,
+                "aim": ratio.aim,
+                "of": f"{above['name']} / {below['name']}",
+                "counts": fast_bfloat16() or not ratio.needs_fast_bfloat16,
+            }
+        )
+    stored, spark = "KD, teacher stored", "SPARK"
+    share = max(found[name]["data_share"] for name in (stored, spark))
+    memory = memory_mib[spark] / memory_mib[stored]
+    wait = {"name": "waiting for data / step", "value": share, "must": LARGEST_DATA_SHARE}
+    peak = {"name": "peak memory SPARK / uniform KD", "value": memory, "must": LARGEST_MEMORY_RATIO}
+    lines.append(wait | {"aim": 0.01, "of": "the larger of uniform KD's and SPARK's"})
+    lines.append(
+        peak | {"aim": 1.03, "of": f"{memory_mib[spark]:.0f} / {memory_mib[stored]:.0f} MiB"}
+    )
+    return lines
+
+
+def fast_bfloat16() -> bool:
+    """Whether the processor multiplies bfloat16 matrices (AMX, or a GPU's tensor cores)."""
+    if torch.cuda.is_available():
+        return torch.cuda.is_bf16_supported()
+    return "amx_bf16" in processor_flags()
+
+
+def processor_flags() -> set[str]:
+    info = Path("/proc/cpuinfo")
+    if not info.exists():
+        return set()
+    line = next((s for s in info.read_text("ascii").splitlines() if s.startswith("flags")), "")
+    return set(line.partition(":")[2].split())
+
+
+def machine() -> dict[str, Any]:
+    """What the numbers hold for."""
+    flags = processor_flags()
+    found: dict[str, Any] = {
+        "torch": torch.__version__,
+        "python": platform.python_version(),
+        "threads": torch.get_num_threads(),
+        "processor": sorted(
+            f for f in flags if f.startswith(("amx", "avx512_bf16", "avx512_vnni"))
+        ),
+    }
+    if torch.cuda.is_available():
+        found["gpu"] = torch.cuda.get_device_name()
+    return found
+
+
+def as_markdown(result: dict[str, Any]) -> str:
+    """The result for people."""
+    clock = "wall clock" if "gpu" in result["machine"] else "CPU time, one thread"
+    lines = [
+        "# Training speed\n",
+        f"EDSR-baseline x4, LR patch {PATCH_PX}, batch {BATCH}; {clock}; medians of "
+        f"{result['rounds']} interleaved rounds. {result['machine']}\n",
+        "| Ratio | is | must be at most | aim | of |",
+        "|---|---:|---:|---:|---|",
+    ]
+    for line in result["ratios"]:
+        verdict = "" if line.get("counts", True) else " (needs AMX or a GPU)"
+        cells = (
+            f"{line['value']:.3f} | {line['must']:.2f}{verdict} | {line['aim']:.2f} | {line['of']}"
+        )
+        lines.append(f"| {line['name']} | {cells} |")
+    lines += ["", "| Step | ms | data | peak MiB | start s |", "|---|---:|---:|---:|---:|"]
+    for row in result["contenders"]:
+        name, share = row["name"], f"{row['data_share']:.2%}"
+        memory, start = (result[key].get(name) for key in ("memory_mib", "start_s"))
+        cells = f"{1000 * row['step_s']:.0f} | {share} | {shown(memory, 0)} | {shown(start, 1)}"
+        lines.append(f"| {name} | {cells} |")
+    return "\n".join(lines) + "\n"
+
+
+def shown(value: float | None, digits: int) -> str:
+    return "" if value is None else f"{value:.{digits}f}"
+
+
+def say(what: str) -> None:
+    print(what, file=sys.stderr, flush=True)
+
+
+def main() -> int:
+    """Measure, print, perhaps write; 1 if something is slower than it must be."""
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--json", type=Path, help="write everything here, and a table beside it")
+    parser.add_argument("--child", nargs=2, help=argparse.SUPPRESS)
+    arguments = parser.parse_args()
+    if not torch.cuda.is_available():
+        torch.set_num_threads(1)
+    if arguments.child:
+        print(child(*arguments.child))
+        return 0
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        found = measure(arguments.rounds, folder)
+        memory = {n: in_own_process("memory", n) for n in ("KD, teacher stored", "SPARK")}
+        compiled = "QAT, bfloat16, channels_last, compile"
+        start = {compiled: in_own_process("start", compiled, folder / "cache")}
+    result = {
+        "machine": machine(),
+        "rounds": arguments.rounds,
+        "ratios": judged(found, memory),
+        "contenders": list(found.values()),
+        "memory_mib": memory,
+        "start_s": start,
+    }
+    print(as_markdown(result))
+    if arguments.json is not None:
+        arguments.json.parent.mkdir(parents=True, exist_ok=True)
+        arguments.json.write_text(json.dumps(result, indent=1) + "\n", "utf-8")
+        arguments.json.with_suffix(".md").write_text(as_markdown(result), "utf-8")
+    missed = [
+        r["name"] for r in result["ratios"] if r["value"] > r["must"] and r.get("counts", True)
+    ]
+    if missed:
+        say(f"slower than it must be: {', '.join(missed)}")
+    return int(bool(missed))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,5 @@
+"""`python -m sparkir`, and so `torchrun -m sparkir`."""
+
+from sparkir.cli import main
+
+main()

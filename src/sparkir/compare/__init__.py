@@ -1,0 +1,1 @@
+"""Many methods from one start, scored side by side."""

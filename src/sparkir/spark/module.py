@@ -1,0 +1,314 @@
+"""SPARK for any training loop: the weighting, its policy and its reward as one module."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn, optim
+from torch.nn.parallel import DistributedDataParallel
+
+from sparkir.errors import SparkirError
+from sparkir.spark import ranks
+from sparkir.spark.counterfactual import (
+    Distance,
+    Outputs,
+    Seen,
+    credit_of_the_cells,
+    steps_of_the_output,
+    steps_of_the_student,
+    weighted,
+)
+from sparkir.spark.reward import reward
+from sparkir.spark.weighting import Weighting, weighting, weightings
+
+_SMALLEST_GAP = 1e-6
+_SEEDS_PER_RANK = 1 << 32
+
+
+def _matched(student: Tensor, teacher: Tensor) -> Tensor:
+    difference = student - teacher
+    gap = difference.detach().abs().mean().clamp_min(_SMALLEST_GAP)
+    return difference.square() / (2 * gap)
+
+
+_DISTANCES: dict[str, Distance] = {
+    "l1": lambda student, teacher: (student - teacher).abs(),
+    "mse": lambda student, teacher: (student - teacher).square(),
+    "matched": _matched,  # a squared error that pulls as hard as an L1
+}
+
+
+_outside_graphs: list[Callable[..., Any]] = []
+
+
+def _call(function: Callable[..., Any], *arguments: Any) -> Any:  # noqa: ANN401
+    return function(*arguments)
+
+
+class Spark(nn.Module):
+    """A distillation loss that is weighted where it helps, for a training loop of your own.
+
+    Needs torch alone, and nothing of the student but its output. ::
+
+        spark = Spark()
+        ...
+        kd, weights = spark.weigh(student_out, teacher_out, target)
+        (l1(student_out, target) + kd).backward()
+        spark.learn(optimizer, student, lq)     # does nothing on most steps
+        optimizer.step()
+
+    It draws its random numbers from a generator of its own, and leaves yours, the student, its
+    buffers and its optimizer as they were. With several processes (torch.distributed) there is one
+    policy, which learns from all of them. Save its `state_dict` with the rest.
+    """
+
+    def __init__(
+        self,
+        preset: str = "spark-paper",
+        *,
+        distance: str | Distance = "mse",
+        strength: float = 1.0,
+        value_range: float = 1.0,
+        seed: int = 0,
+        **options: int | float,
+    ) -> None:
+        """Make an untrained policy with an optimizer of its own.
+
+        Args:
+            preset: any source of weights: `spark-paper`, or a control such as `uniform`.
+            distance: between the two outputs, what W multiplies: `mse`, `l1`, `matched` (a squared
+                error that pulls as hard as an L1), or a function of yours from student and teacher
+                to a map (B, any, any, any).
+            strength: factor of the distillation loss.
+            value_range: the white level of your images, 1 or 255; the loss is of [0, 1].
+            seed: of the policy's draws.
+            options: the preset's own, such as `reward_every=8`.
+
+        Raises:
+            SparkirError: a preset, a distance or an option that does not exist.
+        """
+        super().__init__()
+        self.weighting: Weighting = _source(preset, options)
+        self.distance = _chosen_distance(distance)
+        self.strength, self.value_range, self.seed = strength, value_range, seed
+        if not _outside_graphs:  # no decorator: torch.compiler takes seconds to import
+            _outside_graphs.append(torch.compiler.disable(_call))
+        self._steps = self._draws = 0
+        self._seen: Seen | None = None
+        self._factor: Tensor | None = None
+
+    def weigh(
+        self,
+        student_out: Float[Tensor, "b c h w"],
+        teacher_out: Float[Tensor, "b2 c2 h2 w2"],
+        target: Float[Tensor, "b3 c3 h3 w3"],
+    ) -> tuple[Float[Tensor, ""], Float[Tensor, "b 1 h w"]]:
+        """The distillation loss, and the weights that it was made with.
+
+        Args:
+            student_out: what the student made of the batch; the loss's gradient flows here.
+            teacher_out: what the teacher made of it.
+            target: the ground truth.
+
+        Returns:
+            strength * mean(W * distance) in float32, to be added to your loss, and W, detached.
+
+        Raises:
+            SparkirError: the three differ in shape, or lie outside the range they should have.
+        """
+        if not student_out.shape == teacher_out.shape == target.shape:
+            raise SparkirError(
+                "spark.weigh compares images of one shape (B, C, H, W), but got "
+                f"{tuple(student_out.shape)}, {tuple(teacher_out.shape)}, {tuple(target.shape)}"
+            )
+        run = _outside_graphs[0] if _outside_graphs else _call
+        weighed: tuple[Tensor, Tensor] = run(self._weigh, student_out, teacher_out, target)
+        return weighed
+
+    def _weigh(
+        self, student_out: Tensor, teacher_out: Tensor, target: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        if self._draws == 0:
+            self._check_range(target)
+            ranks.share(self.weighting)
+        with torch.autocast(student_out.device.type, enabled=False):
+            student, teacher, truth = (
+                self._unit(image) for image in (student_out, teacher_out.detach(), target.detach())
+            )
+            with self._own_generator(student.device):
+                weights = self.weighting(student.detach(), teacher, truth)
+            loss = self.strength * weighted(weights, self.distance(student, teacher))
+        if torch.is_grad_enabled() and self._is_due():
+            self._seen, self._factor = Seen(student.detach(), teacher, truth, weights), None
+            if loss.requires_grad:
+                loss.register_hook(self._remember_factor)
+        return loss, weights
+
+    def learn(
+        self,
+        optimizer: optim.Optimizer | None = None,
+        student: Callable[..., Tensor] | None = None,
+        *inputs: Any,  # noqa: ANN401 - whatever the student takes
+        step: Callable[[], object] | None = None,
+        unscaled_by: float = 1.0,
+    ) -> dict[str, float] | None:
+        """Improve the policy, on the steps on which it wants a reward.
+
+        Call it once a step, between the backward pass and the optimizer's step. ::
+
+            spark.learn(optimizer, student, lq)    # looks one step ahead, and undoes it
+            spark.learn()                          # needs nothing, and is biased
+
+        The first takes the step that is due and the same step without allocation, each time
+        restores the last batch, and puts everything back. The second pretends that every pixel of
+        the output could move by itself; see `steps_of_the_output`.
+
+        Args:
+            optimizer: the student's.
+            student: a module, or anything that maps `inputs` to the output given to `weigh`. Of a
+                module, buffers and gradients are put back too.
+            inputs: the batch that was last weighed.
+            step: takes the step in place of `optimizer.step`, for what happens before it, such as
+                clipping.
+            unscaled_by: `scaler.get_scale()`, where a GradScaler is used; after
+                `scaler.unscale_(optimizer)`.
+
+        Returns:
+            What to log; None on steps without a reward, and where a gradient has overflowed, so
+            that a GradScaler will leave the step out.
+
+        Raises:
+            SparkirError: called in the wrong place, or the training has diverged.
+        """
+        due, credited = self._is_due(), self.weighting.wants_credit_at(self._steps)
+        self._steps += 1
+        seen, self._seen = self._seen, None
+        if not due:
+            return None
+        if seen is None:
+            raise SparkirError("spark.learn has nothing to learn from; call spark.weigh before it")
+        source = self.weighting
+        if optimizer is None:
+            if credited:
+                raise SparkirError(
+                    "this preset learns from the student's weights; call "
+                    "spark.learn(optimizer, student, lq)"
+                )
+            return self._improve(steps_of_the_output(seen, self.distance), seen)
+        if student is None or self._factor is None:
+            raise SparkirError(
+                "spark.learn(optimizer, student, lq) stands behind loss.backward() and before "
+                "optimizer.step(); without student and batch, call spark.learn()"
+            )
+        if not _finite(optimizer):
+            return None
+        module = student if isinstance(student, nn.Module) else None
+        if credited:
+            # DDP would wait for a backward pass that never comes.
+            bare = student.module if isinstance(student, DistributedDataParallel) else student
+            if len(seen.target) < 2:
+                raise SparkirError("this preset credits one image by another; use batches of two")
+            credit = credit_of_the_cells(
+                seen,
+                optimizer=optimizer,
+                student=lambda: self._unit(bare(*inputs)),
+                module=module,
+                alpha=source.alpha,
+                beta=source.beta,
+                grid=source.grid,
+                reach=source.reach,
+            )
+            return self._learn(source.learn_credit, credit)
+        outputs = steps_of_the_student(
+            seen,
+            self.distance,
+            optimizer=optimizer,
+            step=step or optimizer.step,
+            student=lambda: self._unit(student(*inputs)),
+            module=module,
+            factor=self.strength * self._factor,
+            unscaled_by=unscaled_by,
+        )
+        return self._improve(outputs, seen)
+
+    def _improve(self, outputs: Outputs, seen: Seen) -> dict[str, float]:
+        source = self.weighting
+        gain = reward(*outputs, seen.target, alpha=source.alpha, beta=source.beta)
+        return self._learn(source.learn, gain)
+
+    def _learn(
+        self, learn: Callable[[Tensor], dict[str, float]], found: Tensor
+    ) -> dict[str, float]:
+        if not bool(found.isfinite().all()):
+            raise SparkirError(
+                f"the reward is {found.mean().item()}: the training has diverged; lower the "
+                "learning rate or clip the gradients"
+            )
+        without_autocast = torch.autocast(found.device.type, enabled=False)
+        with ranks.averaged(self.weighting), torch.enable_grad(), without_autocast:
+            return learn(found)
+
+    def _is_due(self) -> bool:
+        source, step = self.weighting, self._steps
+        return self.training and (source.learns_at(step) or source.wants_credit_at(step))
+
+    def _remember_factor(self, gradient: Tensor) -> None:
+        """What the loss was multiplied by on its way: accumulation, gradient scaling."""
+        self._factor = gradient.detach()
+
+    def _unit(self, image: Tensor) -> Tensor:
+        return image.float() / self.value_range
+
+    @contextmanager
+    def _own_generator(self, device: torch.device) -> Iterator[None]:
+        with torch.random.fork_rng([device] if device.type == "cuda" else []):
+            torch.manual_seed(self.seed + self._draws + _SEEDS_PER_RANK * ranks.rank())
+            self._draws += 1
+            yield
+
+    def _check_range(self, target: Tensor) -> None:
+        """A wrong white level trains, and trains the wrong thing."""
+        low, high = map(float, target.detach().aminmax())
+        if min(low, self.value_range - high) < -0.5 * self.value_range:
+            raise SparkirError(
+                f"the target's values reach from {low:g} to {high:g}, but white is "
+                f"{self.value_range:g}; "
+                "say Spark(value_range=255), or bring the images to [0, 1]"
+            )
+
+    def get_extra_state(self) -> dict[str, int]:
+        """How far it is, so that a resumed training draws what it would have drawn."""
+        return {"steps": self._steps, "draws": self._draws}
+
+    def set_extra_state(self, state: dict[str, int]) -> None:
+        """Go on where the state was saved."""
+        self._steps, self._draws = state["steps"], state["draws"]
+
+
+def _source(preset: str, options: dict[str, int | float]) -> Weighting:
+    if preset not in weightings():
+        near = difflib.get_close_matches(preset, weightings(), n=1)
+        hint = f"did you mean {near[0]!r}?" if near else f"known: {', '.join(weightings())}"
+        raise SparkirError(f"no preset {preset!r}; {hint}")
+    try:
+        return weighting(preset, **options)
+    except TypeError as error:
+        raise SparkirError(f"the preset {preset!r} does not take these options: {error}") from error
+
+
+def _chosen_distance(distance: str | Distance) -> Distance:
+    if callable(distance):
+        return distance
+    if distance not in _DISTANCES:
+        raise SparkirError(f"no distance {distance!r}; known: {', '.join(_DISTANCES)}")
+    return _DISTANCES[distance]
+
+
+def _finite(optimizer: optim.Optimizer) -> bool:
+    gradients = [p.grad for group in optimizer.param_groups for p in group["params"]]
+    return all(bool(g.isfinite().all()) for g in gradients if g is not None)

@@ -1,0 +1,119 @@
+"""The teacher's outputs on the training images, computed once instead of at every step.
+
+A frozen teacher on fixed inputs has fixed outputs. They are computed on whole images, in tiles that
+fit the memory, and crops are cut from them as from the ground truth.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import inspect
+import sys
+from functools import partial
+
+import numpy as np
+from torch import nn
+
+from sparkir.assemble import Materials, Report, cache_folder
+from sparkir.data.outputs import OutputStore, bytes_of, fill, output_store, to_levels
+from sparkir.data.pairs import PairStore
+from sparkir.errors import SparkirError
+from sparkir.models.facts import facts_of
+from sparkir.recipe import Recipe
+from sparkir.restore.engine import Engine
+from sparkir.restore.memory import shown_bytes
+from sparkir.restore.network import Restorer
+from sparkir.tools import Opened, restorer_of
+
+_WHITE = 2**16 - 1
+
+
+def teacher_outputs(
+    recipe: Recipe, materials: Materials, report: Report, *, features: bool = False
+) -> OutputStore | None:
+    """What the recipe's teacher makes of the training images, from an earlier run or computed now.
+
+    None, with the reason reported, where it has to run at every step; `features` says that the
+    method looks into it.
+
+    Raises:
+        SparkirError: it would take more of the disk than the recipe allows, or than there is.
+    """
+    teacher, pairs = materials.teacher, materials.train
+    if recipe.distill is None or teacher is None or not recipe.train.teacher_cache:
+        return None
+    reason = _why_not(pairs, teacher, features=features)
+    if reason:
+        report({"kind": "warning", "message": f"the teacher runs at every step: {reason}"})
+        return None
+    restorer = restorer_of(Opened(network=teacher, label="the teacher"))
+    sizes = [_output_size(pairs, index) for index in range(len(pairs))]
+    _require_room(sizes, recipe.train.teacher_cache_gb)
+    key = (restorer.identity, _code_of(teacher), pairs.identity)
+    store = output_store(cache_folder(), key, sizes)
+    if store.missing():
+        todo = f"{len(store.missing())} images, {shown_bytes(store.missing_bytes())} of disk"
+        report({"kind": "stage", "name": f"teacher on {todo}", "steps": len(store)})
+        engine = Engine(_Storing(**vars(restorer)))
+        fill(store, partial(_stored_output, engine, pairs), progress=partial(_tell, report))
+    return store
+
+
+def _why_not(pairs: PairStore, teacher: nn.Module, *, features: bool) -> str:
+    """Why its outputs cannot be kept, or not be enough; empty if they can."""
+    if features:
+        return "the distillation method looks at its features"
+    if facts_of(teacher).channels != 3:
+        return "it restores one channel"
+    if not pairs.identity:
+        return "degraded images are drawn anew for each crop"
+    if not _code_of(teacher):
+        return "the source code of its network cannot be read, so a change would go unseen"
+    return ""
+
+
+def _output_size(pairs: PairStore, index: int) -> tuple[int, int]:
+    height, width = pairs.lq_size(index)
+    return height * pairs.scale, width * pairs.scale
+
+
+def _require_room(sizes: list[tuple[int, int]], limit_gb: float) -> None:
+    needed = sum(bytes_of(height, width) for height, width in sizes)
+    if needed > limit_gb * 10**9:
+        raise SparkirError(
+            f"the teacher's outputs on {len(sizes)} training images take {shown_bytes(needed)} of "
+            f"disk, more than train.teacher_cache_gb = {limit_gb:g} allows; raise it, or set "
+            "train.teacher_cache = false"
+        )
+
+
+class _Storing(Restorer):
+    """Gives what an `OutputStore` keeps of a picture of 16 bits."""
+
+    def __call__(self, pixels: np.ndarray) -> np.ndarray:
+        """(h, w, 3) uint16 -> levels (s*h, s*w, 3), neither clipped nor rounded."""
+        return to_levels(super().__call__(pixels) / np.float32(_WHITE))
+
+
+def _stored_output(engine: Engine, pairs: PairStore, index: int) -> np.ndarray:
+    lq, _ = pairs.pair(index)
+    return engine(lq.astype(np.uint16) * np.uint16(_WHITE // 255))
+
+
+def _tell(report: Report, done: int, total: int) -> None:
+    report({"kind": "teacher", "done": done, "total": total})
+
+
+def _code_of(network: nn.Module) -> str:
+    """A hash of the source files that define the network's modules, torch's own left out.
+
+    Empty if one of them cannot be read.
+    """
+    names = {type(module).__module__ for module in network.modules()}
+    known = hashlib.sha256()
+    for name in sorted(name for name in names if name.partition(".")[0] != "torch"):
+        try:
+            known.update(inspect.getsource(sys.modules[name]).encode())
+        except (OSError, TypeError, KeyError):
+            return ""
+    return known.hexdigest()[:16]

@@ -1,0 +1,587 @@
+import copy
+import inspect
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn, optim
+
+from sparkir import Spark, SparkirError
+from sparkir.distill.output import MAPS
+from sparkir.spark.credit import cell_credit
+from sparkir.spark.reward import reward
+from sparkir.spark.weighting import SparkPaper
+
+
+class Student(nn.Module):
+    """Everything that a look at the next step could disturb: statistics, dropout, a counter."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.body = nn.Sequential(
+            nn.Conv2d(3, 8, 3, padding=1),
+            nn.BatchNorm2d(8),
+            nn.ReLU(),
+            nn.Dropout(0.1),
+            nn.Conv2d(8, 3, 3, padding=1),
+        )
+        self.register_buffer("calls", torch.zeros((), dtype=torch.long))
+
+    def forward(self, x):
+        self.calls += 1
+        return x + self.body(x)
+
+
+class Recorder(SparkPaper):
+    """Remembers what it is rewarded with."""
+
+    def __init__(self, **options) -> None:
+        super().__init__(**options)
+        self.rewards: list[torch.Tensor] = []
+
+    def learn(self, reward):
+        self.rewards.append(reward)
+        return super().learn(reward)
+
+
+def recording(**options) -> Spark:
+    spark = Spark(**options)
+    spark.weighting = Recorder(reward_every=1)
+    return spark
+
+
+@pytest.fixture
+def batch():
+    """(lq, teacher, gt)"""
+    gt = torch.rand(4, 3, 16, 16)
+    return gt + 0.1 * torch.randn_like(gt), gt + 0.05 * torch.randn_like(gt), gt
+
+
+def l1(a, b):
+    return (a - b).abs().mean()
+
+
+class CountedSGD(optim.SGD):
+    """Keeps a count in its group, as optimizers without a schedule do."""
+
+    def step(self, closure=None):
+        for group in self.param_groups:
+            group["count"] = group.get("count", 0) + 1
+            group["lr"] = 0.05 / group["count"]
+        super().step(closure)
+
+
+OPTIMIZERS = {
+    "sgd": lambda p: optim.SGD(p, lr=0.05, momentum=0.9),
+    "adam": lambda p: optim.Adam(p, lr=0.01),
+    "adamw": lambda p: optim.AdamW(p, lr=0.01, weight_decay=0.1),
+    "counted": lambda p: CountedSGD(p, lr=0.05, momentum=0.9),
+}
+
+
+class TestWeigh:
+    def test_uniform_is_plain_distillation_bit_for_bit(self, images):
+        student, teacher, target = images
+        for name, distance in MAPS.items():
+            spark = Spark("uniform", distance=name, strength=2.0)
+            kd, weights = spark.weigh(student, teacher, target)
+            assert torch.equal(kd, 2.0 * distance(student, teacher).mean())
+            assert weights.shape == (4, 1, 32, 32)
+            assert (weights == 1).all()
+
+    def test_knows_the_distances_that_recipes_know(self):
+        for name in MAPS:
+            Spark(distance=name)
+
+    def test_loss_is_the_weighted_mean(self, images):
+        student, teacher, target = images
+        kd, weights = Spark().weigh(student, teacher, target)
+        torch.testing.assert_close(kd, (weights * (student - teacher).square()).mean())
+        assert 0 <= weights.min() < weights.max() <= 1
+
+    def test_gradient_flows_to_the_student_alone(self, images):
+        student, teacher, target = (image.requires_grad_() for image in images)
+        kd, weights = Spark().weigh(student, teacher, target)
+        kd.backward()
+        assert not weights.requires_grad
+        assert teacher.grad is target.grad is None
+        expected = weights * 2 * (student - teacher) / student.numel()
+        torch.testing.assert_close(student.grad, expected.detach())
+
+    def test_255(self, images):
+        plain = Spark().weigh(*images)
+        bytes_ = Spark(value_range=255.0).weigh(*(255 * image for image in images))
+        torch.testing.assert_close(bytes_, plain)
+
+    def test_half_precision_is_computed_in_single(self, images):
+        student, teacher, target = (image.bfloat16() for image in images)
+        with torch.autocast("cpu", torch.bfloat16):
+            kd, weights = Spark().weigh(student, teacher, target)
+        assert kd.dtype == weights.dtype == torch.float32
+        expected = (weights * (student.float() - teacher.float()).square()).mean()
+        assert torch.equal(kd, expected)
+
+    def test_a_distance_of_your_own_of_another_size(self, images):
+        def coarse(student, teacher):
+            return nn.functional.avg_pool2d((student - teacher).abs(), 4)
+
+        kd, weights = Spark(distance=coarse).weigh(*images)
+        pooled = nn.functional.avg_pool2d(weights, 4)
+        torch.testing.assert_close(kd, (pooled * coarse(*images[:2])).mean())
+
+    def test_evaluation_shows_the_mean(self, images):
+        spark = Spark().eval()
+        weights = [spark.weigh(*images)[1] for _ in range(2)]
+        assert torch.equal(*weights)
+        assert (weights[0] == 0.5).all()
+
+
+class TestRandomness:
+    def test_yours_is_left_alone(self, images):
+        torch.manual_seed(3)
+        expected = torch.rand(5)
+        torch.manual_seed(3)
+        spark = Spark()
+        torch.manual_seed(3)
+        spark.weigh(*images)
+        spark.learn()
+        assert torch.equal(torch.rand(5), expected)
+
+    def test_draws_differ_from_call_to_call_and_by_seed(self, images):
+        spark, other = Spark(), Spark(seed=1)
+        maps = [s.weigh(*images)[1] for s in (spark, spark, other)]
+        assert not torch.equal(maps[0], maps[1])
+        assert not torch.equal(maps[0], maps[2])
+
+
+def train(student, optimizer, spark, batch, *, steps, learn):
+    lq, teacher, gt = batch
+    for _ in range(steps):
+        output = student(lq)
+        kd, _ = spark.weigh(output, teacher, gt)
+        optimizer.zero_grad()
+        (l1(output, gt) + kd).backward()
+        learn()
+        optimizer.step()
+
+
+@pytest.mark.parametrize("name", OPTIMIZERS)
+class TestLookAhead:
+    def reference(self, student, optimizer, spark, batch, weights):
+        """The same, with copies: one takes the step that is due, one the step without places."""
+        lq, teacher, gt = batch
+        mean = weights.mean((2, 3), keepdim=True)
+        outputs = []
+        for chosen in (weights, mean):
+            copied = copy.deepcopy((student, optimizer))
+            with torch.random.fork_rng():
+                output = copied[0](lq)
+            copied[1].zero_grad()
+            kd = spark.strength * (chosen * (output - teacher).square()).mean()
+            (l1(output, gt) + kd).backward()
+            copied[1].step()
+            with torch.no_grad(), torch.random.fork_rng():
+                outputs.append(copied[0](lq))
+        return reward(*outputs, gt, alpha=1.0, beta=10.0)
+
+    def test_against_copies_that_really_step(self, name, batch):
+        student = Student()
+        student.body[3].p = 0.0  # the reference cannot draw the same channels
+        optimizer = OPTIMIZERS[name](student.parameters())
+        spark, expected = recording(strength=20.0), []
+        lq, teacher, gt = batch
+        for _ in range(3):
+            before = copy.deepcopy((student, optimizer))
+            output = student(lq)
+            kd, weights = spark.weigh(output, teacher, gt)
+            expected.append(self.reference(*before, spark, batch, weights))
+            optimizer.zero_grad()
+            (l1(output, gt) + kd).backward()
+            assert spark.learn(optimizer, student, lq) is not None
+            optimizer.step()
+        for found, wanted in zip(spark.weighting.rewards, expected, strict=True):
+            assert wanted.abs().max() > 1e-5
+            torch.testing.assert_close(found, wanted, rtol=2e-2, atol=2e-6)
+
+    def test_the_training_is_what_it_would_have_been(self, name, batch):
+        """The student, its buffers, its optimizer, the gradients and the random numbers."""
+        torch.manual_seed(5)
+        students, ends = [Student() for _ in range(2)], []
+        students[1].load_state_dict(students[0].state_dict())
+        for student, looks in zip(students, (True, False), strict=True):
+            torch.manual_seed(6)
+            optimizer, spark = OPTIMIZERS[name](student.parameters()), Spark("random")
+            if looks:
+                spark.weighting.learns_at = lambda step: step % 2 == 0
+                spark.weighting.learn = lambda gain: {}
+
+            def learn(spark=spark, optimizer=optimizer, student=student):
+                spark.learn(optimizer, student, batch[0])
+
+            train(student, optimizer, spark, batch, steps=4, learn=learn)
+            state = [*student.state_dict().values(), *(p.grad for p in student.parameters())]
+            ends.append([*state, torch.rand(3)])
+        for looked, plain in zip(*ends, strict=True):
+            assert torch.equal(looked, plain)
+
+
+class TestLoops:
+    """Everything that people do between the loss and the step."""
+
+    def rewards(self, batch, loop) -> list[torch.Tensor]:
+        torch.manual_seed(0)
+        student = nn.Conv2d(3, 3, 3, padding=1)
+        optimizer, spark = optim.SGD(student.parameters(), lr=0.1), recording(strength=20.0)
+        loop(student, optimizer, spark, *batch)
+        return spark.weighting.rewards
+
+    @staticmethod
+    def plain(student, optimizer, spark, lq, teacher, gt):
+        output = student(lq)
+        kd, _ = spark.weigh(output, teacher, gt)
+        (l1(output, gt) + kd).backward()
+        spark.learn(optimizer, student, lq)
+        optimizer.step()
+
+    def assert_as_plain(self, batch, loop, **tolerance):
+        (found,), (expected,) = (self.rewards(batch, one) for one in (loop, self.plain))
+        assert expected.abs().max() > 1e-5
+        torch.testing.assert_close(found, expected, **{"rtol": 1e-3, "atol": 1e-7} | tolerance)
+
+    def test_gradient_scaling(self, batch):
+        def loop(student, optimizer, spark, lq, teacher, gt):
+            scaler = torch.amp.GradScaler("cpu", init_scale=1024.0)
+            output = student(lq)
+            kd, _ = spark.weigh(output, teacher, gt)
+            scaler.scale(l1(output, gt) + kd).backward()
+            scaler.unscale_(optimizer)
+            spark.learn(optimizer, student, lq, unscaled_by=scaler.get_scale())
+            scaler.step(optimizer)
+
+        self.assert_as_plain(batch, loop)
+
+    def test_a_gradient_that_overflowed_teaches_nothing(self, batch):
+        def loop(student, optimizer, spark, lq, teacher, gt):
+            output = student(lq)
+            kd, _ = spark.weigh(output, teacher, gt)
+            (l1(output, gt) + kd).backward()
+            student.weight.grad[0, 0, 0, 0] = torch.inf
+            assert spark.learn(optimizer, student, lq) is None
+
+        assert self.rewards(batch, loop) == []
+
+    def test_gradient_accumulation(self, batch):
+        """Two micro-batches, of which the last one's W is judged."""
+
+        def loop(student, optimizer, spark, lq, teacher, gt):
+            other = lq.flip(0), teacher.flip(0), gt.flip(0)
+            for x, t, g in (other, (lq, teacher, gt)):
+                output = student(x)
+                kd, weights = spark.weigh(output, t, g)
+                ((l1(output, g) + kd) / 2).backward()
+            expected = reference(student, weights, lq, teacher, gt)
+            spark.learn(optimizer, student, lq)
+            torch.testing.assert_close(spark.weighting.rewards[0], expected, rtol=1e-2, atol=1e-6)
+
+        def reference(student, weights, lq, teacher, gt):
+            mean, outputs = weights.mean((2, 3), keepdim=True), []
+            for chosen in (weights, mean):
+                moved = copy.deepcopy(student)
+                moved.zero_grad()
+                shift = 20.0 * ((chosen - weights) * (moved(lq) - teacher).square()).mean() / 2
+                shift.backward()
+                with torch.no_grad():
+                    for parameter, own in zip(
+                        moved.parameters(), student.parameters(), strict=True
+                    ):
+                        parameter -= 0.1 * (own.grad + parameter.grad)
+                    outputs.append(moved(lq))
+            return reward(*outputs, gt, alpha=1.0, beta=10.0)
+
+        assert len(self.rewards(batch, loop)) == 1
+
+    def test_clipping_in_a_step_of_your_own(self, batch):
+        def loop(student, optimizer, spark, lq, teacher, gt):
+            def step():
+                nn.utils.clip_grad_norm_(student.parameters(), 0.01)
+                optimizer.step()
+
+            output = student(lq)
+            kd, _ = spark.weigh(output, teacher, gt)
+            (l1(output, gt) + kd).backward()
+            spark.learn(optimizer, student, lq, step=step)
+            step()
+
+        (clipped,), (plain,) = (self.rewards(batch, one) for one in (loop, self.plain))
+        assert 0 < clipped.abs().max() < 0.5 * plain.abs().max()
+
+    def test_a_closure_instead_of_a_module(self, batch):
+        def loop(student, optimizer, spark, lq, teacher, gt):
+            output = student(lq)
+            kd, _ = spark.weigh(output, teacher, gt)
+            (l1(output, gt) + kd).backward()
+            spark.learn(optimizer, lambda: student(lq))
+
+        self.assert_as_plain(batch, loop)
+
+    def test_autocast(self, batch):
+        """In the same region, where half-precision copies of the weights are kept."""
+
+        def loop(student, optimizer, spark, lq, teacher, gt):
+            with torch.autocast("cpu", torch.bfloat16):
+                output = student(lq)
+                kd, _ = spark.weigh(output, teacher, gt)
+                (l1(output, gt) + kd).backward()
+                spark.learn(optimizer, student, lq)
+                assert spark.weighting.rewards[-1].abs().max() > 0
+                optimizer.step()
+                assert torch.equal(student(lq), copy.deepcopy(student)(lq))
+
+        self.rewards(batch, loop)
+
+    def test_autocast_for_the_loss_alone(self, batch):
+        def loop(student, optimizer, spark, lq, teacher, gt):
+            with torch.autocast("cpu", torch.bfloat16):
+                output = student(lq)
+                kd, _ = spark.weigh(output, teacher, gt)
+                loss = l1(output, gt) + kd
+            loss.backward()
+            spark.learn(optimizer, student, lq)
+
+        (found,), (expected,) = (self.rewards(batch, one) for one in (loop, self.plain))
+        assert torch.corrcoef(torch.stack([found, expected]))[0, 1] > 0.95
+
+    @pytest.mark.filterwarnings("ignore:The .grad attribute")  # of the compiler itself
+    @pytest.mark.parametrize("whole", [False, True])
+    def test_compiled(self, batch, whole, monkeypatch):
+        """The student alone, or the whole step."""
+        # Without the checks of types that tests add, which cannot be compiled.
+        monkeypatch.setattr(Spark, "weigh", inspect.unwrap(Spark.weigh))
+
+        def loop(student, optimizer, spark, lq, teacher, gt):
+            compiled = torch.compile(student, backend="eager")
+
+            def losses(lq, teacher, gt):
+                output = compiled(lq)
+                kd, _ = spark.weigh(output, teacher, gt)
+                return l1(output, gt) + kd
+
+            run = torch.compile(losses, backend="eager") if whole else losses
+            run(lq, teacher, gt).backward()
+            spark.learn(optimizer, compiled, lq)
+
+        self.assert_as_plain(batch, loop)
+
+
+class TestCredit:
+    """The preset that learns from every cell's own credit."""
+
+    def step(self, spark, student, batch, *, look):
+        lq, teacher, gt = batch
+        optimizer = optim.SGD(student.parameters(), lr=0.1)
+        output = student(lq)
+        kd, _ = spark.weigh(output, teacher, gt)
+        (l1(output, gt) + kd).backward()
+        return look(optimizer, student, lq)
+
+    def test_against_the_credit_of_the_batch(self, batch):
+        lq, teacher, gt = batch
+        student, spark, found = nn.Conv2d(3, 3, 3, padding=1), Spark("spark"), []
+        spark.weighting.learn_credit = lambda credit: found.append(credit) or {}
+        self.step(spark, student, batch, look=spark.learn)
+        expected = cell_credit(
+            student,
+            student.parameters(),
+            lq,
+            output=student(lq),
+            teacher=teacher,
+            target=gt,
+            alpha=1.0,
+            beta=10.0,
+            grid=8,
+            reach=0.01,
+        )
+        torch.testing.assert_close(found, [expected], rtol=1e-4, atol=1e-8)
+
+    def test_the_student_is_left_as_it_was(self, batch):
+        student, spark = Student(), Spark("spark")
+
+        def look(optimizer, student, lq):
+            before = copy.deepcopy((student.state_dict(), [p.grad for p in student.parameters()]))
+            assert spark.learn(optimizer, student, lq)["credit_deviation"] > 0
+            after = student.state_dict(), [p.grad for p in student.parameters()]
+            for old, new in zip(before[0].values(), after[0].values(), strict=True):
+                assert torch.equal(old, new)
+            for old, new in zip(before[1], after[1], strict=True):
+                assert torch.equal(old, new)
+
+        self.step(spark, student, batch, look=look)
+
+    def test_from_a_closure(self, batch):
+        spark, student = Spark("spark"), nn.Conv2d(3, 3, 3, padding=1)
+        start = [p.clone() for p in spark.parameters()]
+        told = self.step(spark, student, batch, look=lambda o, s, lq: spark.learn(o, lambda: s(lq)))
+        assert told["credit_deviation"] > 0
+        assert any(not torch.equal(a, b) for a, b in zip(start, spark.parameters(), strict=True))
+
+    def test_needs_the_student(self, batch):
+        spark = Spark("spark")
+        spark.weigh(*batch)
+        with pytest.raises(SparkirError, match="learns from the student's weights"):
+            spark.learn()
+
+    def test_needs_two_images(self, batch):
+        spark, one = Spark("spark"), tuple(image[:1] for image in batch)
+        with pytest.raises(SparkirError, match="use batches of two"):
+            self.step(spark, nn.Conv2d(3, 3, 3, padding=1), one, look=spark.learn)
+
+
+class TestState:
+    def test_a_resumed_training_goes_on_as_it_would_have(self, batch):
+        def run(student, optimizer, spark, steps):
+            def learn():
+                spark.learn(optimizer, student, batch[0])
+
+            train(student, optimizer, spark, batch, steps=steps, learn=learn)
+
+        student = nn.Conv2d(3, 3, 3, padding=1)
+        optimizer, spark = optim.SGD(student.parameters(), lr=0.1), Spark(reward_every=3)
+        run(student, optimizer, spark, 4)
+        resumed = Spark(reward_every=3)
+        resumed.load_state_dict(copy.deepcopy(spark.state_dict()))
+        others = copy.deepcopy((student, optimizer))
+        run(student, optimizer, spark, 4)
+        run(*others, resumed, 4)
+        for a, b in zip(student.parameters(), others[0].parameters(), strict=True):
+            assert torch.equal(a, b)
+        for a, b in zip(spark.parameters(), resumed.parameters(), strict=True):
+            assert torch.equal(a, b)
+
+    def test_saved_as_plain_tensors(self, tmp_path, images):
+        spark = Spark()
+        spark.weigh(*images)
+        spark.learn()
+        torch.save(spark.state_dict(), tmp_path / "spark.pt")
+        other = Spark()
+        other.load_state_dict(torch.load(tmp_path / "spark.pt", weights_only=True))
+        assert torch.equal(other.weigh(*images)[1], spark.weigh(*images)[1])
+
+
+class TestLearns:
+    """A task whose best allocation is known: the teacher is right on the left alone."""
+
+    STEPS = 60
+
+    def teacher(self, gt):
+        wrong = torch.zeros_like(gt)
+        wrong[..., 16:] = 0.2 * torch.sign(gt[..., 16:] - 0.5)
+        return gt + wrong
+
+    @pytest.fixture
+    def task(self):
+        gt = torch.rand(16, 3, 32, 32)
+        return (gt + 0.1 * torch.randn_like(gt)).clamp(0, 1), self.teacher(gt), gt
+
+    @pytest.fixture
+    def spark(self):
+        options = {"grid": 2, "reward_every": 1, "learning_rate": 3e-3, "entropy_bonus": 0.0}
+        return Spark(strength=5.0, **options)
+
+    def preference(self, spark, task) -> float:
+        """Weight on the left above that on the right."""
+        weights = spark.eval().weigh(*task)[1]
+        spark.train()
+        return float((weights[..., :16] - weights[..., 16:]).mean())
+
+    def test_by_looking_ahead(self, spark, task):
+        """The student is a picture whose every pixel is a parameter."""
+        lq, teacher, gt = task
+        assert self.preference(spark, task) == 0
+        for _ in range(self.STEPS):
+            picture = nn.Parameter(lq.clone())
+            optimizer = optim.SGD([picture], lr=400.0)
+            kd, _ = spark.weigh(picture, teacher, gt)
+            (l1(picture, gt) + kd).backward()
+            spark.learn(optimizer, lambda picture=picture: picture)
+        assert self.preference(spark, task) > 0.2
+
+    def test_from_the_images_alone(self, spark, task):
+        assert self.preference(spark, task) == 0
+        for _ in range(self.STEPS):
+            spark.weigh(*task)
+            assert spark.learn() is not None
+        assert self.preference(spark, task) > 0.2
+
+    def test_prefers_nothing_where_nothing_is_to_prefer(self, spark, task):
+        """The teacher is equally right everywhere."""
+        lq, _, gt = task
+        for _ in range(self.STEPS):
+            spark.weigh(lq, gt, gt)
+            spark.learn()
+        assert abs(self.preference(spark, (lq, gt, gt))) < 0.1
+
+
+class TestMistakes:
+    def test_unknown_preset(self):
+        with pytest.raises(SparkirError, match="did you mean 'spark-paper'"):
+            Spark("spark-papr")
+
+    def test_unknown_option(self):
+        with pytest.raises(SparkirError, match="'spark-paper' does not take these options"):
+            Spark(reward_evry=3)
+
+    def test_unknown_distance(self):
+        with pytest.raises(SparkirError, match="no distance 'l2'; known: l1, mse, matched"):
+            Spark(distance="l2")
+
+    def test_shapes(self, images):
+        student, teacher, target = images
+        with pytest.raises(SparkirError, match="one shape"):
+            Spark().weigh(student[..., 1:], teacher, target)
+
+    def test_white_level(self, images):
+        with pytest.raises(SparkirError, match=r"white is 1; say Spark\(value_range=255\)"):
+            Spark().weigh(*(255 * image for image in images))
+
+    def test_learn_without_weigh(self):
+        with pytest.raises(SparkirError, match=r"call spark.weigh before it"):
+            Spark().learn()
+
+    def test_learn_before_backward(self, images):
+        student = images[0].requires_grad_()
+        spark = Spark()
+        spark.weigh(*images)
+        with pytest.raises(SparkirError, match=r"behind loss\.backward"):
+            spark.learn(optim.SGD([student], lr=1.0), lambda: student)
+
+    def test_diverged(self, images):
+        student = images[0].clone().requires_grad_()
+        spark = Spark()
+        kd, _ = spark.weigh(student, *images[1:])
+        kd.backward()
+        with pytest.raises(SparkirError, match="the training has diverged"):
+            spark.learn(optim.SGD([student], lr=1.0), lambda: student * float("nan"))
+
+    def test_controls_have_nothing_to_learn(self, images):
+        spark = Spark("constant", value=0.5)
+        spark.weigh(*images)
+        assert spark.learn() is None
+
+
+RANKS = Path(__file__).with_name("two_ranks.py")
+
+
+@pytest.mark.parametrize("preset", ["spark-paper", "spark"])
+def test_two_processes_have_one_policy(tmp_path, preset):
+    """DDP over gloo: after training, students and policies are the same bits in both."""
+    command = [sys.executable, str(RANKS), str(tmp_path), preset]
+    processes = [subprocess.Popen([*command, str(rank)]) for rank in range(2)]
+    assert [process.wait(timeout=120) for process in processes] == [0, 0]
+    first, second = (torch.load(tmp_path / f"{rank}.pt") for rank in range(2))
+    assert first.keys() == second.keys()
+    for name, value in first.items():
+        same = torch.equal(value, second[name])
+        assert same != name.startswith("own."), name
+    assert first["moved.policy"] > 0
