@@ -204,8 +204,20 @@ class Concatenate(nn.Module):
         first = parts[0]
         if isinstance(first, Tensor):
             return torch.cat(cast("tuple[Tensor, ...]", parts), self.dim)
-        grids = cast("tuple[Quantized, ...]", parts)
-        return first._replace(ints=torch.cat([part.ints for part in grids], self.dim))
+        ints = [_in_steps_of(first, part) for part in cast("tuple[Quantized, ...]", parts)]
+        return first._replace(ints=torch.cat(ints, self.dim))
+
+
+def _in_steps_of(first: Quantized, part: Quantized) -> Tensor:
+    """`part.ints`, whose step has the same value as the step of `first`.
+
+    LSQ scales a step's gradient by the size of what a call rounds, and readers know the step of
+    the first part only: of a part made in a larger or smaller piece, the difference of two large
+    sums would be left.
+    """
+    if part.scale is first.scale or not part.scale.requires_grad:
+        return part.ints
+    return part.ints * (part.scale / first.scale)  # exact: the ratio is 1
 
 
 class GlobalAverage(nn.Module):
