@@ -48,7 +48,7 @@ class SelectiveKernelFusion(nn.Module):
         summary = self.conv_du(self.avg_pool(total))
         logits = torch.cat([layer(summary) for layer in self.fcs], dim=1)
         weights = self.softmax(logits.reshape(-1, *self.shape))
-        mixed = streams[0] * weights[:, 0]
+        mixed: Tensor = streams[0] * weights[:, 0]
         for number, stream in enumerate(streams[1:], start=1):
             mixed = mixed + stream * weights[:, number]
         return mixed
@@ -129,8 +129,8 @@ class ResidualDown(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Return the sum of both branches."""
-        top: Tensor = self.top(x)
-        return top + self.bot(x)
+        both: Tensor = self.top(x) + self.bot(x)
+        return both
 
 
 class ResidualUp(nn.Module):
@@ -151,8 +151,8 @@ class ResidualUp(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Return the sum of both branches."""
-        top: Tensor = self.top(x)
-        return top + self.bot(x)
+        both: Tensor = self.top(x) + self.bot(x)
+        return both
 
 
 class Resize(nn.Module):

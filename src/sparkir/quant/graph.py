@@ -69,8 +69,10 @@ _FUNCTIONS: dict[Any, Kind] = {
     operator.getitem: Kind.PASS,
     F.pad: Kind.PASS,
 }
-_MOVING = ("amax", "amin", "contiguous", "expand", "flatten", "movedim", "narrow", "permute")
-_MOVING += ("reshape", "roll", "squeeze", "transpose", "unflatten", "unsqueeze", "view")
+_MOVING = (
+    *("amax", "amin", "contiguous", "expand", "flatten", "movedim", "narrow", "permute"),
+    *("reshape", "roll", "squeeze", "transpose", "unflatten", "unsqueeze", "view"),
+)
 _FUNCTIONS |= dict.fromkeys(_MOVING, Kind.PASS)
 _FUNCTIONS |= {getattr(torch, n): Kind.PASS for n in _MOVING if hasattr(torch, n)}
 _MODULES: dict[type[nn.Module], Kind] = {

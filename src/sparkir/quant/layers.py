@@ -44,11 +44,17 @@ sum comes nearer to a tie than half a part, which is several times what float32 
 class QuantLayer(nn.Module):
     """What convolution and linear layers share: weight and bias on the runtime's grids."""
 
+    weight: Tensor
+    bias: Tensor | None
     factor: Tensor | None
     """For each output channel, on weight and bias."""
 
     def __init__(
-        self, layer: nn.Conv2d | nn.Linear | QuantLayer, *, bits: int, learned: Learned
+        self,
+        layer: nn.Conv2d | InterleavedConv2d | nn.Linear | QuantLayer,
+        *,
+        bits: int,
+        learned: Learned,
     ) -> None:
         """Take over the parameters of `layer`; if that is one of these, share them with it."""
         super().__init__()
@@ -112,6 +118,11 @@ def _part_of(grid: ActivationQuantizer) -> Tensor:
 
 class QuantConv2d(QuantLayer):
     """A convolution over integers; of a transposed one, before the pixel shuffle."""
+
+    stride: tuple[int, ...]
+    padding: str | tuple[int, ...]
+    dilation: tuple[int, ...]
+    groups: int
 
     def __init__(
         self,
