@@ -104,6 +104,7 @@ NETWORKS: dict[str, Callable[[], nn.Module]] = {
     "plainusr": lambda: build("plainusr", size="u", scale=2),
     "pooling": lambda: build("plainusr", size="s", scale=2),
     "everything": Everything,
+    "mirnet": lambda: build("mirnet", width=8, groups=1, blocks=1),
     "twins": Twins,
 }
 
@@ -141,8 +142,12 @@ class Deployed:
     @cached_property
     def parity(self) -> Parity:
         torch.manual_seed(0)
-        sizes = [(1, 24, 24), (1, 31, 17)]
-        return check_parity(self.model, self.frozen, [images(self.facts, *s) for s in sizes])
+        sizes = [(24, 24), (31, 17)]
+        batch = [images(self.facts, 1, *(self._fitting(px) for px in size)) for size in sizes]
+        return check_parity(self.model, self.frozen, batch)
+
+    def _fitting(self, px: int) -> int:
+        return px + -px % self.facts.size_multiple
 
 
 @cache

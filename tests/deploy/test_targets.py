@@ -27,6 +27,7 @@ ONCE = {
     "span": [(4, 4), (8, 8)],
     "plainusr": [(4, 4), (4, 8)],
     "pooling": [(8, 8), (4, 4)],
+    "mirnet": [(4, 8), (4, 4)],
 }
 """Networks that take seconds each: one width in ONNX Runtime and one in OpenVINO, unless the
 environment has SPARKIR_EVERY_WIDTH; for whoever changes a placement."""

@@ -31,13 +31,14 @@ SMALL = {
     "edsr x3": {"width": 4, "blocks": 2, "scale": 3},
     "edsr x4": {"width": 4, "blocks": 3, "scale": 4},
     "edsr x8": {"width": 4, "blocks": 1, "scale": 8},
+    "mirnet": {"width": 8, "groups": 1, "blocks": 1},
 }
-
-
 WINDOW_PX = dict.fromkeys(("rfdn", "rlfn", "bsrn", "bsrn-s"), 13) | {"plainusr": 12}
 """Margin in the halo for attention on a coarse grid, which is switched off to measure the reach."""
-MASKS = ("excitate.weight", "c3_r.eval_conv.weight")
-ATTENTION = ("esa.conv4.weight", "conv_du.2.weight", "body.3.body.0.weight")
+MASKS = ("excitate.weight", "c3_r.eval_conv.weight", "SA.spatial.conv.weight")
+GLOBAL = ("esa.conv4.weight", "conv_du.2.weight", "body.3.body.0.weight")
+GLOBAL += ("fcs.0.weight", "fcs.1.weight", "fcs.2.weight")
+"""The last layers of what looks at the whole image: without them, it gives the same everywhere."""
 
 
 @pytest.fixture(params=SMALL)
@@ -61,6 +62,7 @@ def test_output_is_scale_times_the_input(network):
 def test_traced_network_computes_the_same_at_another_size(network):
     traced = torch.fx.symbolic_trace(network)
     for size in [(16, 20), (31, 15)]:
+        size = [side + -side % network.facts.size_multiple for side in size]
         x = torch.rand(1, network.facts.channels, *size) * network.facts.value_range
         torch.testing.assert_close(traced(x), network(x), rtol=0, atol=0)
 
@@ -92,19 +94,26 @@ def test_halo_is_how_far_an_output_pixel_sees(network):
 
 
 def _reach_px(network):
-    """The farthest input pixel, in rows or columns, with any influence on one pixel's outputs."""
+    """The farthest input pixel, in rows or columns, with any influence on one pixel's outputs.
+
+    Of the pixels of one cell of the size multiple, the one that sees farthest.
+    """
     for name, parameter in network.named_parameters():
         parameter.data = parameter.data.double().abs() + 0.01  # nothing cancels, no ReLU is shut
-        if name.endswith(ATTENTION):
+        if name.endswith(GLOBAL):
             parameter.data.zero_()  # a constant mask
         if name.endswith(MASKS):
             parameter.data.mul_(1e-30)  # a mask that is not flat
     network.double()
-    centre, scale = network.facts.halo_px + 2, network.facts.scale
-    size = 2 * centre + 1
+    multiple, scale = network.facts.size_multiple, network.facts.scale
+    first = -(-(network.facts.halo_px + 2) // multiple) * multiple
+    size = 2 * first + multiple
     x = torch.full((1, network.facts.channels, size, size), 200.0, dtype=torch.float64)
     x.requires_grad_()
-    block = slice(centre * scale, (centre + 1) * scale)
-    network(x)[0, :, block, block].sum().backward()
-    rows, columns = x.grad.abs().sum((0, 1)).nonzero().T
-    return int(max((rows - centre).abs().max(), (columns - centre).abs().max()))
+    restored, reach = network(x), 0
+    for place in range(first, first + multiple):
+        block = slice(place * scale, (place + 1) * scale)
+        (gradient,) = torch.autograd.grad(restored[0, :, block, block].sum(), x, retain_graph=True)
+        rows, columns = gradient.abs().sum((0, 1)).nonzero().T
+        reach = max(reach, int((rows - place).abs().max()), int((columns - place).abs().max()))
+    return reach

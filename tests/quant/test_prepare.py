@@ -8,7 +8,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
-from toys import CASES, Plain, Toy, convolution, images, observing, psnr_db, quantized
+from toys import CASES, LARGE, Plain, Toy, convolution, images, observing, psnr_db, quantized
 
 from sparkir.errors import SparkirError
 from sparkir.models.facts import ModelFacts
@@ -28,19 +28,20 @@ def case(request):
 
 
 def test_every_registered_network_is_among_the_cases():
-    assert {name.removesuffix("-baseline") for name in available()} <= CASES.keys()
+    assert {name.removesuffix("-baseline") for name in available()} <= CASES.keys() | LARGE.keys()
 
 
 # -- the same function ---------------------------------------------------------------------------
 
 
-def test_in_calibration_the_network_is_the_original_bit_for_bit(case):
+def test_in_calibration_the_network_is_the_original(case):
+    """Bit for bit, unless it is said in other words."""
     network = case.network()
     before = copy.deepcopy(network.state_dict())
     student = prepare(network, W4A4)
     x = images(network)
     with torch.no_grad(), observing(student):
-        torch.testing.assert_close(student(x), network(x), rtol=0, atol=0)
+        torch.testing.assert_close(student(x), network(x), rtol=0, atol=1e-6 * case.rewritten)
     assert student.facts == network.facts
     torch.testing.assert_close(network.state_dict(), before, rtol=0, atol=0)
 
@@ -61,7 +62,7 @@ def test_taps_give_what_the_submodule_gave(case):
     with torch.no_grad(), observing(student):
         student(x), network(x)
     assert len(seen) == len(network.facts.taps) > 0
-    torch.testing.assert_close(seen, expected, rtol=0, atol=0)
+    torch.testing.assert_close(seen, expected, rtol=0, atol=1e-6 * case.rewritten)
 
 
 def test_the_mode_of_the_network_is_kept():
@@ -77,8 +78,10 @@ def test_placement_lists_every_layer_with_its_bits(case):
     layers = {
         name: (8, 8) if name in case.edges else (3, 5)
         for name, module in network.named_modules()
-        if isinstance(module, nn.Conv2d | nn.Linear) and name not in case.not_layers
+        if isinstance(module, nn.Conv2d | nn.ConvTranspose2d | nn.Linear)
+        and name not in case.not_layers
     }
+    layers |= {name: (8, 8) if constant else (3, 5) for name, constant in case.more_layers.items()}
     spec = QuantSpec(weight_bits=3, activation_bits=5)
     student = prepare(network, spec)
     assert placement_of(student).layers == layers
@@ -147,7 +150,7 @@ def test_the_image_is_read_in_first_last_bits_and_added_as_it_is():
 def grids_of(student: nn.Module, readers: type[nn.Module] | str) -> list[str]:
     """The grids that the calls of a module, by name, read."""
     (node,) = [n for n in student.graph.nodes if n.target == readers]
-    return [str(source.target) for source in node.args]
+    return [str(source.target) for source in node.args if isinstance(source, torch.fx.Node)]
 
 
 def test_parts_of_a_concatenation_share_one_grid():
@@ -329,11 +332,6 @@ class PiecesAsOutput(Toy):
         return self.head(x).chunk(2, dim=1)
 
 
-class CalledTwice(Toy):
-    def body(self, x):
-        return self.middle(self.relu(self.middle(x)))
-
-
 @pytest.mark.parametrize(
     ("network", "message"),
     [
@@ -341,7 +339,6 @@ class CalledTwice(Toy):
         (TwoOutputs, "several values; it must return one image"),
         (NamedOutputs, "several values; it must return one image"),
         (PiecesAsOutput, "several values; it must return one image"),
-        (CalledTwice, "'middle' is called twice.*a layer of its own"),
     ],
 )
 def test_a_network_that_cannot_be_quantized_is_refused(network, message):

@@ -8,7 +8,7 @@ from toys import CASES, images
 
 from sparkir.quant.arithmetic import exact_rounding, to_multiple, to_odd_fraction, to_power_of_two
 from sparkir.quant.calibrate import calibrate
-from sparkir.quant.layers import IMAGE_PARTS, QuantLayer
+from sparkir.quant.layers import FRACTION_BITS, IMAGE_PARTS, QuantLayer
 from sparkir.quant.prepare import prepare
 from sparkir.quant.quantizer import ActivationQuantizer
 from sparkir.quant.reference import freeze
@@ -26,12 +26,20 @@ def test_powers_of_two_are_exact_and_near():
     torch.testing.assert_close(scale.grad, (power / scale).detach())
 
 
-def test_multiples_are_exact_and_never_nothing():
+def test_multiples_are_exact_odd_and_never_nothing():
     scale, unit = torch.tensor([1e-9, 0.1, 0.30000001, 7.0]), torch.tensor(2.0**-10)
     multiple = to_multiple(scale, unit)
-    assert torch.equal((multiple / unit).round(), multiple / unit)
+    assert torch.equal((multiple / unit) % 2, torch.ones(4))
     assert multiple[0] == unit
-    assert ((multiple - scale)[1:].abs() <= unit / 2).all()
+    assert ((multiple - scale)[1:].abs() <= unit).all()
+
+
+def test_sums_of_odd_parts_are_ties_only_where_they_are_large():
+    """An even number of parts would make ties of small sums too: of 2**9 parts, every 32nd."""
+    parts = 2**FRACTION_BITS
+    for odd in (1, 3, 513, 4001, 32767):
+        sums = torch.arange(-(2**14) + 1, 2**14)
+        assert (sums * odd % parts != parts // 2).all()
 
 
 def test_odd_fractions_keep_every_sum_away_from_ties():

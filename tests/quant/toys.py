@@ -9,7 +9,9 @@ import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
 from sparkir.models.facts import ModelFacts
+from sparkir.models.mirnet import DualAttention, SelectiveKernelFusion
 from sparkir.models.registry import build
+from sparkir.models.resample import BilinearUp, BlurDown
 from sparkir.quant.calibrate import activation_quantizers, calibrate
 from sparkir.quant.prepare import prepare
 from sparkir.quant.ranges import RangeObserver
@@ -241,6 +243,55 @@ class Halves(Toy):
         return torch.split(a * b, WIDTH // 4, dim=1)[1]
 
 
+class CalledTwice(Toy):
+    """One layer, two grids that it reads."""
+
+    def body(self, x):
+        return self.middle(self.relu(self.middle(x)))
+
+
+class Scaled(Toy):
+    """Factors behind convolutions: learned for each channel, and a number."""
+
+    def __init__(self):
+        super().__init__()
+        self.beta = nn.Parameter(torch.rand(1, WIDTH, 1, 1))
+        self.last = convolution(WIDTH, WIDTH, bias=False)
+
+    def body(self, x):
+        x = x + self.middle(self.relu(x)) * self.beta
+        return x + 0.5 * self.last(self.relu(x))
+
+
+class Resized(Toy):
+    """Down and up again by constant convolutions, a transposed one, a PReLU."""
+
+    def __init__(self):
+        super().__init__()
+        self.down, self.up = BlurDown(WIDTH), BilinearUp(WIDTH)
+        self.act = nn.PReLU(init=0.3)
+        self.transposed = nn.ConvTranspose2d(
+            WIDTH, WIDTH, 3, stride=2, padding=1, output_padding=1, bias=False
+        )
+
+    def body(self, x):
+        small = self.act(self.down(x))
+        return self.transposed(small) + self.up(small)
+
+
+class Attentions(Toy):
+    """Everything that MIRNet's attentions are made of, one of its units called twice."""
+
+    def __init__(self):
+        super().__init__()
+        self.unit, self.fuse = DualAttention(WIDTH), SelectiveKernelFusion(WIDTH, height=2)
+        self.unit.CA.conv_du[1] = nn.LeakyReLU(0.1)  # of its one channel, half would be dead
+
+    def body(self, x):
+        first = self.unit(x)
+        return self.fuse([x, self.unit(first)])
+
+
 class Slices(Toy):
     """Channels taken apart and put together again; and a border cut off, whose width is data."""
 
@@ -377,14 +428,18 @@ class Case:
     """Operation -> a word of the reason."""
     not_layers: set[str] = field(default_factory=set)
     """Convolutions that stay in float or are not used."""
+    more_layers: dict[str, bool] = field(default_factory=dict)
+    """Layers that the network does not have: second calls, and constants (True), of 8 bits."""
+    rewritten: bool = False
+    """Whether it is said in other words, which float32 rounds otherwise."""
 
 
 _NO_KERNEL = "no integer kernel"
 _CONSTANT = "constant"
+_EXPONENTIAL = "an exponential"
 _PLAIN_EDGES = {"head", "head_image", "tail", "tail_image"}
 _INTERPOLATION = {"interpolate": "between grid points"}
-_UPSCALING = {"pad": "zero padding", "conv2d": "constants"}
-_PIECES = dict.fromkeys(("chunk", "getitem", "getitem_1", "getitem_2", "split"), _NO_KERNEL)
+_UPSCALING = {"conv2d": "constants"}
 
 CASES: dict[str, Case] = {
     "plain": Case(Plain),
@@ -394,8 +449,9 @@ CASES: dict[str, Case] = {
     "dense": Case(Dense),
     "concatenation with constant": Case(
         ConcatenationWithConstant,
-        left_in_float={"adaptive_avg_pool2d": _NO_KERNEL, "mean": _NO_KERNEL, "cat": _CONSTANT},
+        left_in_float={"mean": _NO_KERNEL, "cat": _CONSTANT},
         not_layers={"middle"},
+        rewritten=True,
     ),
     "concatenation of pieces": Case(
         ConcatenationOfPieces,
@@ -403,23 +459,16 @@ CASES: dict[str, Case] = {
         not_layers={"middle"},
     ),
     "shuffles": Case(Shuffles),
-    "gate": Case(
-        Gate,
-        left_in_float=dict.fromkeys(("mean", "getitem", "adaptive_avg_pool2d"), _NO_KERNEL),
-    ),
-    "linear": Case(
-        LinearOverPixels,
-        left_in_float=dict.fromkeys(("permute", "permute_1"), _NO_KERNEL),
-        not_layers={"middle"},
-    ),
+    "gate": Case(Gate, rewritten=True),
+    "linear": Case(LinearOverPixels, not_layers={"middle"}),
     "geometries": Case(
         Geometries,
         left_in_float={
             "interpolate": "between grid points",
-            "transposed": "ONNX Runtime has no integer kernel",
             "reflecting": "padding_mode='reflect'",
         },
         not_layers={"reflecting", "middle"},
+        rewritten=True,
     ),
     "constants": Case(
         Constants,
@@ -437,15 +486,41 @@ CASES: dict[str, Case] = {
     "in place concatenation": Case(InPlaceConcatenation),
     "relu beside another": Case(ReLUBesideAnother),
     "unused branch": Case(UnusedBranch, not_layers={"middle"}),
-    "halves": Case(Halves, left_in_float=_PIECES),
-    "slices": Case(Slices, left_in_float={"getitem_2": _NO_KERNEL}, not_layers={"middle"}),
+    "halves": Case(Halves, rewritten=True),
+    "called twice": Case(CalledTwice, more_layers={"middle_call2": False}),
+    "scaled": Case(Scaled, rewritten=True),
+    "resized": Case(
+        Resized,
+        not_layers={"middle"},
+        more_layers={"rewritten.conv2d": True, "rewritten.conv2d_1": True},
+        rewritten=True,
+    ),
+    "attentions": Case(
+        Attentions,
+        left_in_float={"fuse.softmax": _EXPONENTIAL},
+        not_layers={"middle"},
+        more_layers={"rewritten.mean": True, "rewritten.mean_1": True}
+        | dict.fromkeys(
+            (
+                "unit.body.0_call2",
+                "unit.body.2_call2",
+                "unit.SA.spatial.conv_call2",
+                "unit.CA.conv_du.0_call2",
+                "unit.CA.conv_du.2_call2",
+                "unit.conv1x1_call2",
+            ),
+            False,
+        ),
+        rewritten=True,
+    ),
+    "slices": Case(Slices, not_layers={"middle"}),
     "curves": Case(Curves),
     "whole in float": Case(WholeInFloat, left_in_float={"statistics": "a reason of its own"}),
     "keyword calls": Case(KeywordCalls),
     "edges in four": Case(EdgesInFour, not_layers={"middle"}),
     "dead channels": Case(DeadChannels),
     "zero tail": Case(ZeroTail, not_layers={"middle"}),
-    "srcnn": Case(shipped("srcnn", scale=2), {"conv1", "conv3"}, _UPSCALING),
+    "srcnn": Case(shipped("srcnn", scale=2), {"conv1", "conv3"}, {"conv2d": "8 bits do not hold"}),
     "dncnn": Case(
         shipped("dncnn", depth=4, width=8), {"model.0", "model.6"}, {"sub": "subtraction"}
     ),
@@ -493,6 +568,16 @@ CASES: dict[str, Case] = {
         ),
     ),
 }
+
+
+LARGE: dict[str, Case] = {
+    "mirnet": Case(
+        shipped("mirnet", width=8, groups=1, blocks=1),
+        {"conv_in", "conv_out"},
+        {f"body.0.body.0.selective_kernel.{level}.softmax": _EXPONENTIAL for level in range(3)},
+    ),
+}
+"""Shipped networks that take too long for every test; see `test_large`."""
 
 
 def images(network: nn.Module, count: int = 2, height: int = 24, width: int = 20) -> Tensor:

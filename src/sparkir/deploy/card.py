@@ -13,6 +13,7 @@ from sparkir.models.facts import ModelFacts
 # The facts that are not whole numbers.
 _TYPES: dict[str, tuple[type, ...]] = {
     "name": (str,),
+    "exact_tiles": (bool,),
     "luma_range": (str,),
     "taps": (list,),
     "value_range": (float, int),

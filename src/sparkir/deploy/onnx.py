@@ -5,7 +5,7 @@ from __future__ import annotations
 import io
 import logging
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, redirect_stdout
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -16,17 +16,19 @@ from torch import fx, nn
 from sparkir.data.atomic import atomic_file
 from sparkir.deploy.card import Card
 from sparkir.deploy.pack import make_small
-from sparkir.deploy.qdq import grid_calls, to_qdq
+from sparkir.deploy.qdq import to_qdq
 from sparkir.errors import SparkirError
 from sparkir.evaluate.infer import evaluating
 from sparkir.models.facts import ModelFacts, facts_of
 from sparkir.quant.prepare import example_px, placement_of
+from sparkir.quant.reference import same_weights
 
 if TYPE_CHECKING:
     import onnx
 
 OPSET = 21
 EXAMPLE_PX = 64
+_GRID = "grid."  # so that no tensor of the exporter's has the name
 
 
 def require_onnx() -> None:
@@ -53,8 +55,8 @@ def to_onnx(frozen: fx.GraphModule, metadata: Mapping[str, str] | None = None) -
     require_onnx()
     view = to_qdq(frozen)
     model = _exported(view, facts_of(frozen), _translations())
-    _name_after_grids(model, view)
-    make_small(model)
+    _name_after_grids(model)
+    make_small(model, same_weights(frozen))
     spec = placement_of(frozen).spec
     card = Card(facts=facts_of(frozen), quantization=spec.label, target=spec.target)
     return _finished(model, {**card.to_metadata(), **(metadata or {})})
@@ -129,13 +131,14 @@ def write_model(model: onnx.ModelProto, path: Path) -> None:
 
 
 def _translations() -> dict[Any, Callable[..., Any]]:
-    """How the two operations of the QDQ form are written in ONNX."""
+    """How the operations of the QDQ form are written in ONNX."""
     from onnxscript import opset21
 
     op: Any = opset21  # its annotations speak of eager values, not of the graph being written
 
-    def write_qdq(x: Any, scale: Any, zero: Any, low: int, top: int) -> Any:  # noqa: ANN401
+    def write_qdq(x: Any, scale: Any, zero: Any, low: int, top: int, name: str) -> Any:  # noqa: ANN401
         stored = op.QuantizeLinear(x, scale, zero)
+        stored.name = _GRID + name
         if top - low < 255:  # a narrower grid in bytes
             kind = 2 if low == 0 else 3  # uint8, int8
             bounds = (op.Cast(op.Constant(value_int=v), to=kind) for v in (low, top))
@@ -145,7 +148,11 @@ def _translations() -> dict[Any, Callable[..., Any]]:
     def write_dequantize(ints: Any, scale: Any, zero: Any = None) -> Any:  # noqa: ANN401
         return op.DequantizeLinear(ints, scale, zero, axis=0)
 
+    def write_average(x: Any) -> Any:  # noqa: ANN401
+        return op.GlobalAveragePool(x)
+
     return {
+        torch.ops.sparkir.average.default: write_average,
         torch.ops.sparkir.qdq.default: write_qdq,
         torch.ops.sparkir.dequantize.default: write_dequantize,
     }
@@ -163,24 +170,14 @@ def _strip_traces(model: onnx.ModelProto) -> None:
     model.ClearField("metadata_props")
 
 
-def _name_after_grids(model: onnx.ModelProto, view: fx.GraphModule) -> None:
-    """Name each quantize node after the call that it came from; both are in order of execution."""
-    names = [call.name for call in _not_merged(grid_calls(view), view)]
-    nodes = [node for node in model.graph.node if node.op_type == "QuantizeLinear"]
-    assert len(nodes) == len(names), f"{len(nodes)} quantize nodes for {len(names)} grids"
-    for node, name in zip(nodes, names, strict=True):
-        node.name = name
+def _name_after_grids(model: onnx.ModelProto) -> None:
+    """Name each quantize node after the call that it came from.
 
-
-def _not_merged(calls: Sequence[fx.Node], view: fx.GraphModule) -> Iterator[fx.Node]:
-    """One of all calls that round the same values to the same grid: the exporter merges them."""
-    seen = set()
-    for call in calls:
-        grid: Any = view.get_submodule(str(call.target))
-        rounding = (call.args, float(grid.scale), int(grid.zero), grid.zero.dtype)
-        if rounding not in seen:
-            seen.add(rounding)
-            yield call
+    Where calls round the same values to the same grid, the exporter merges them; one name is left.
+    """
+    for node in model.graph.node:
+        if node.op_type == "QuantizeLinear":
+            node.name = node.output[0].removeprefix(_GRID)
 
 
 @contextmanager

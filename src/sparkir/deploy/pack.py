@@ -8,6 +8,7 @@ same values.
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -19,20 +20,24 @@ _FOUR_BITS, _TWO_BITS = (-8, 7), (-2, 1)
 _PACKED = "weights.int2"
 
 
-def make_small(model: onnx.ModelProto) -> None:
-    """Pack the weights, name layers as the network does, and drop what says nothing."""
-    _name_after_layers(model)
+def make_small(model: onnx.ModelProto, alike: Iterable[Sequence[str]] = ()) -> None:
+    """Pack the weights, name layers as the network does, and drop what says nothing.
+
+    `alike` groups the layers whose weights are the same and stored once, in order of execution.
+    """
+    _name_after_layers(model, alike)
     _derive_bias_steps(model)
     pack_weights(model)
     _shorten(model)
 
 
-def _name_after_layers(model: onnx.ModelProto) -> None:
+def _name_after_layers(model: onnx.ModelProto, alike: Iterable[Sequence[str]]) -> None:
     """Call each convolution as its module, and its constants after that.
 
-    The exporter keeps equal constants once. Layers of equal weights, such as the calls of a
-    recursive network, are told apart by a number, for no two nodes may have one name.
+    The exporter keeps equal constants once. Layers of equal weights are told apart by the names in
+    their group, or by a number, for no two nodes may have one name.
     """
+    waiting = {name: group for group in map(list, alike) for name in tuple(group)}
     names = {tensor.name: tensor.name.replace(".layer.", ".") for tensor in model.graph.initializer}
     _rename(model, names)
     weights = {
@@ -44,6 +49,7 @@ def _name_after_layers(model: onnx.ModelProto) -> None:
     for node in model.graph.node:
         if len(node.input) > 1 and node.input[1] in weights:
             name = weights[node.input[1]]
+            name = waiting[name].pop(0) if waiting.get(name) else name
             calls[name] += 1
             node.name = name if calls[name] == 1 else f"{name}#{calls[name]}"
 

@@ -14,15 +14,19 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
+from sparkir.quant.layers import GlobalAverage
 from sparkir.quant.reference import IntegerLayer, IntegerQuantizer
 
-_FLOAT_MODULES = (nn.Conv2d, nn.ConvTranspose2d, nn.Linear)
-_FLOAT_FUNCTIONS = (F.conv2d, F.conv_transpose2d, F.linear)
+_FLOAT_MODULES = (nn.Conv2d, nn.ConvTranspose2d, nn.Linear, nn.Softmax)
+_FLOAT_FUNCTIONS = (F.conv2d, F.conv_transpose2d, F.linear, F.softmax, torch.softmax, "softmax")
 
 
 @torch.library.custom_op("sparkir::qdq", mutates_args=())
-def qdq(x: Tensor, scale: Tensor, zero: Tensor, low: int, top: int) -> Tensor:
-    """Round `x` to stored numbers low .. top and back. scale (), zero () uint8 or int8."""
+def qdq(x: Tensor, scale: Tensor, zero: Tensor, low: int, top: int, name: str = "") -> Tensor:
+    """Round `x` to stored numbers low .. top and back. scale (), zero () uint8 or int8.
+
+    `name` is that of the call, which the exported node keeps.
+    """
     stored = (x / scale).round() + zero
     return (stored.clamp(low, top) - zero) * scale
 
@@ -33,8 +37,19 @@ def dequantize(ints: Tensor, scale: Tensor, zero: Tensor | None = None) -> Tenso
     return ints.float() * scale.view(-1, *[1] * (ints.dim() - 1))
 
 
+@torch.library.custom_op("sparkir::average", mutates_args=())
+def average(x: Tensor) -> Tensor:
+    """The mean of each channel: (B, C, H, W) -> (B, C, 1, 1)."""
+    return x.mean((2, 3), keepdim=True)
+
+
+@average.register_fake
+def _(x: Tensor) -> Tensor:
+    return x.new_empty((x.shape[0], x.shape[1], 1, 1))
+
+
 @qdq.register_fake
-def _(x: Tensor, scale: Tensor, zero: Tensor, low: int, top: int) -> Tensor:
+def _(x: Tensor, scale: Tensor, zero: Tensor, low: int, top: int, name: str = "") -> Tensor:
     return torch.empty_like(x)
 
 
@@ -54,9 +69,9 @@ class QdqGrid(nn.Module):
         self.low = grid.stored_zero - grid.zero_level
         self.top = self.low + grid.levels - 1
 
-    def forward(self, x: Tensor) -> Tensor:
-        """Real values on the grid."""
-        return cast("Tensor", qdq(x, self.scale, self.zero, self.low, self.top))
+    def forward(self, x: Tensor, name: str = "") -> Tensor:
+        """Real values on the grid, for the call of this name."""
+        return cast("Tensor", qdq(x, self.scale, self.zero, self.low, self.top, name))
 
 
 class QdqLayer(nn.Module):
@@ -81,6 +96,14 @@ class QdqLayer(nn.Module):
         return layer.apply_weights(x, weight, bias)
 
 
+class QdqAverage(nn.Module):
+    """The mean of each channel over the image, under the name that runtimes know."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(B, C, H, W) -> (B, C, 1, 1)."""
+        return cast("Tensor", average(x))
+
+
 def to_qdq(frozen: fx.GraphModule) -> fx.GraphModule:
     """A copy of an integer network in QDQ form."""
     view: Any = copy.deepcopy(frozen)
@@ -89,15 +112,20 @@ def to_qdq(frozen: fx.GraphModule) -> fx.GraphModule:
             view.set_submodule(name, QdqGrid(module))
         elif isinstance(module, IntegerLayer):
             view.set_submodule(name, QdqLayer(module))
-    _shield_float_convolutions(view)
+        elif isinstance(module, GlobalAverage):
+            view.set_submodule(name, QdqAverage())
+    for call in grid_calls(view):
+        call.args = (*call.args, call.name)
+    _keep_in_float(view)
     return cast("fx.GraphModule", view)
 
 
-def _shield_float_convolutions(view: fx.GraphModule) -> None:
-    """Put a bound that nothing reaches before each convolution that stays in float.
+def _keep_in_float(view: fx.GraphModule) -> None:
+    """Put a bound that nothing reaches before what ONNX Runtime would not leave in float.
 
-    Between a bare DequantizeLinear and a QuantizeLinear, ONNX Runtime takes it upon itself to
-    round the weights of a convolution to 8 bits (its pass WeightBiasQuantization).
+    Between a bare DequantizeLinear and a QuantizeLinear it takes it upon itself to round the
+    weights of a convolution to 8 bits (its pass WeightBiasQuantization), and of a softmax makes one
+    of its own on 8 bits, which is off by a level in a quarter of the values.
     """
     largest = torch.finfo(torch.float32).max
     for node in view.graph.nodes:

@@ -151,6 +151,7 @@ class _BlueprintNetwork(nn.Module):
             taps=thirds(self.block_names),
             # Every 3x3 convolution reaches 1 px: 4 in each block and 3 around them.
             halo_px=attention_halo_px(reach_px=4 * blocks + 3, blocks=blocks, anchored=False),
+            exact_tiles=False,
         )
         self.fea_conv = BlueprintConvolution(3, width, bias=small)
         for block in self.block_names:

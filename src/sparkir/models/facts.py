@@ -44,11 +44,17 @@ class ModelFacts:
     """Submodules whose outputs a feature distillation may use, from input to output."""
 
     halo_px: int
-    """Input pixels around a tile that its output pixels need to come out as in the whole image."""
+    """Input pixels around a tile that its output pixels need to come out as in the whole image;
+    where no number is enough (see `exact_tiles`), how many are worth computing."""
 
     tile_phase_px: int = 1
     """The corners of tiles must be multiples of this, for networks that compute on a coarse grid:
     tiles whose grids coincide with the whole image's come out as the whole image does."""
+
+    exact_tiles: bool = True
+    """Whether tiles with that halo and phase come out as the whole image does. False where
+    something looks at the whole image (global pooling), or on a grid that follows its size: a tile
+    is then restored as a picture of its own, a little differently."""
 
     luma_range: Literal["full", "studio"] = "full"
     """What the channel of a 1-channel network is: BT.601 luma over 0..255, or over 16..235."""

@@ -142,6 +142,7 @@ class PlainUSR(nn.Module):
             # Head and tail reach 1 px, each block 2; then one window of attention. As that of
             # RFDN, it is stretched to the size of the image, so that no halo is exact.
             halo_px=2 * len(blocks) + 2 + (2 * _CELL_PX if narrow else 1),
+            exact_tiles=narrow is None,
         )
         self.head = nn.Conv2d(3, self.widths[0], 3, padding=1)
         self.head_image = nn.Conv2d(3, 3, 3, padding=1)

@@ -17,6 +17,7 @@ from sparkir.models.edsr import EDSR
 from sparkir.models.facts import ModelFacts
 from sparkir.models.fmen import FMEN
 from sparkir.models.imdn import IMDN
+from sparkir.models.mirnet import MIRNet
 from sparkir.models.plainusr import PlainUSR
 from sparkir.models.rfdn import RFDN
 from sparkir.models.rlfn import RLFN
@@ -38,6 +39,7 @@ _ENTRIES: dict[str, _Entry] = {
     "edsr": _Entry(EDSR, "EDSR, deep residual super-resolution, 64 wide, 16 blocks (CVPRW 2017)"),
     "fmen": _Entry(FMEN, "FMEN, fast, light on memory, with attention at full size (NTIRE 2022)"),
     "imdn": _Entry(IMDN, "IMDN, multi-distillation, the NTIRE challenges' baseline (AIM 2019)"),
+    "mirnet": _Entry(MIRNet, "MIRNet, three resolutions with dual attention (ECCV 2020)"),
     "plainusr": _Entry(PlainUSR, "PlainUSR, plain convolutions in a U-Net of channels (ACCV 2024)"),
     "rfdn": _Entry(RFDN, "RFDN, light super-resolution with spatial attention (AIM 2020)"),
     "rlfn": _Entry(RLFN, "RLFN, fast and light, with spatial attention (NTIRE 2022)"),

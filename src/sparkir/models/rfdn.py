@@ -111,6 +111,7 @@ class RFDN(nn.Module):
             # Every 3x3 convolution reaches 1 px: 4 in each block and 3 around them.
             halo_px=attention_halo_px(reach_px=4 * blocks + 3, blocks=blocks, anchored=anchored),
             tile_phase_px=CELL_PX if anchored else 1,
+            exact_tiles=anchored,
         )
         self.fea_conv = nn.Conv2d(3, width, 3, padding=1)
         for name in self.block_names:

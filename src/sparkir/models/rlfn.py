@@ -97,6 +97,7 @@ class RLFN(nn.Module):
             # Every 3x3 convolution reaches 1 px: 3 in each block and 3 around them.
             halo_px=attention_halo_px(reach_px=3 * blocks + 3, blocks=blocks, anchored=anchored),
             tile_phase_px=CELL_PX if anchored else 1,
+            exact_tiles=anchored,
         )
         self.conv_1 = nn.Conv2d(3, width, 3, padding=1)
         for name in self.block_names:

@@ -66,6 +66,23 @@ class Product(NamedTuple):
     b: Quantized
 
 
+class Average(NamedTuple):
+    """A mean over an image waiting for the grid of its result."""
+
+    ints: Tensor
+    """(B, C, H, W), what is averaged."""
+    scale: Tensor
+    zero: Tensor
+    pixels: int
+    """H * W."""
+
+    def sums(self) -> Tensor:
+        """(B, C, 1, 1), exact, then rounded to float32 as an int32 would be."""
+        exact_px = 2**16  # of 8 bits each; beyond that a sum in float32 skips whole numbers
+        wide = torch.float64 if self.pixels > exact_px else torch.float32
+        return self.ints.sum((2, 3), keepdim=True, dtype=wide).float()
+
+
 _exact = ContextVar("exact", default=True)
 
 
@@ -89,7 +106,7 @@ def rounds_exactly() -> bool:
 
 _SMALLEST_ODD = 128
 
-Value = Tensor | Quantized | Accumulated | Sum | Product
+Value = Tensor | Quantized | Accumulated | Sum | Product | Average
 
 
 def real_values(value: Value) -> Tensor:
@@ -101,6 +118,8 @@ def real_values(value: Value) -> Tensor:
             return a.dequantize() + b.dequantize()
         case Product(a, b):
             return a.dequantize() * b.dequantize()
+        case Average():
+            return value.sums() * (value.scale / value.pixels)
         case _:
             return value
 
@@ -183,8 +202,12 @@ def to_power_of_two(scale: Tensor) -> Tensor:
 
 
 def to_multiple(scale: Tensor, unit: Tensor) -> Tensor:
-    """The nearest multiple of `unit`, at least one, with the gradient of `scale`."""
-    nearest = (scale / unit).detach().round().clamp_min(1) * unit.detach()
+    """The nearest odd multiple of `unit`, with the gradient of `scale`.
+
+    Of an odd number of parts, sums land half-way between two steps only where a whole number of
+    2**14 sums up; of an even number, again and again, and not every kernel rounds those alike.
+    """
+    nearest = (2 * ((scale / unit).detach() / 2 - 0.5).round().clamp_min(0) + 1) * unit.detach()
     return nearest * (scale / scale.detach())
 
 
@@ -254,6 +277,9 @@ def quantize(
                 return Quantized(_exact_product(value, scale, zero, low, high), scale, zero)
             a, b = value
             x, step, divide = a.ints * b.ints, (a.scale * b.scale) / used, False
+        case Average():
+            x, divide = value.sums(), False
+            step = value.scale / (used * value.pixels)
         case _:
             x, step, divide = value, used, True
             shift = float(zero_level) if shift_reals else 0.0
@@ -275,6 +301,8 @@ def _rounded_fused(value: Value, grid: fused.Grid, shift: float) -> Tensor:
             return fused.round_sum(a.ints, b.ints, a.scale, b.scale, grid)
         case Product(a, b):
             return fused.round_product(a.ints, b.ints, a.scale, b.scale, grid)
+        case Average():
+            return fused.round_average(value.sums(), value.scale, value.pixels, grid)
         case _:
             return fused.round_reals(value, shift, grid)
 

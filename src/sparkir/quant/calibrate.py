@@ -56,4 +56,4 @@ def calibrate(
         quantizer.calibrate(method)
     for layer in student.modules():
         if isinstance(layer, QuantLayer):
-            layer.weight_quantizer.calibrate(layer.weight, method)
+            layer.weight_quantizer.calibrate(layer.real_weight(), method)

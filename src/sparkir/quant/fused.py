@@ -199,6 +199,11 @@ def round_product(a: Tensor, b: Tensor, step_a: Tensor, step_b: Tensor, grid: Gr
     return grid.round(_product, (a, b), ((step_a * step_b) / grid.scale,))
 
 
+def round_average(sums: Tensor, step: Tensor, pixels: int, grid: Grid) -> Tensor:
+    """sums * step / pixels."""
+    return grid.round(_sums, (sums,), (step / (grid.scale * pixels),))
+
+
 def round_grid(ints: Tensor, step: Tensor, grid: Grid) -> Tensor:
     """Whole numbers of another grid."""
     return grid.round(_grid, (ints,), (step, grid.scale))

@@ -12,7 +12,9 @@ import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
 from sparkir.errors import SparkirError
+from sparkir.quant.forms import ConstantConv2d, InterleavedConv2d, ScaledConv2d
 from sparkir.quant.interpolate import ExactBilinear
+from sparkir.quant.layers import GlobalAverage
 
 
 class Kind(Enum):
@@ -27,6 +29,8 @@ class Kind(Enum):
     CONCATENATE = auto()
     TABLE = auto()
     """A function of one value: 256 entries, looked up."""
+    AVERAGE = auto()
+    """The mean of each channel over the image."""
     RELU = auto()
     PASS = auto()
     """Moves or selects values, so the grid stays as it is."""
@@ -62,13 +66,26 @@ _FUNCTIONS: dict[Any, Kind] = {
     torch.pixel_shuffle: Kind.PASS,
     torch.pixel_unshuffle: Kind.PASS,
     torch.max_pool2d: Kind.PASS,
+    operator.getitem: Kind.PASS,
+    F.pad: Kind.PASS,
 }
+_MOVING = (
+    *("amax", "amin", "contiguous", "expand", "flatten", "movedim", "narrow", "permute"),
+    *("reshape", "roll", "squeeze", "transpose", "unflatten", "unsqueeze", "view"),
+)
+_FUNCTIONS |= dict.fromkeys(_MOVING, Kind.PASS)
+_FUNCTIONS |= {getattr(torch, n): Kind.PASS for n in _MOVING if hasattr(torch, n)}
 _MODULES: dict[type[nn.Module], Kind] = {
     nn.Conv2d: Kind.LAYER,
+    ConstantConv2d: Kind.LAYER,
+    InterleavedConv2d: Kind.LAYER,
+    ScaledConv2d: Kind.LAYER,
     nn.Linear: Kind.LAYER,
+    GlobalAverage: Kind.AVERAGE,
     nn.ReLU: Kind.RELU,
     nn.Sigmoid: Kind.TABLE,
     nn.LeakyReLU: Kind.TABLE,
+    nn.PReLU: Kind.TABLE,
     nn.GELU: Kind.TABLE,
     nn.SiLU: Kind.TABLE,
     nn.MaxPool2d: Kind.PASS,
@@ -81,7 +98,8 @@ _TRANSCENDENTAL = {
     *(nn.Sigmoid, nn.GELU, nn.SiLU),
 }
 REASONS: dict[Any, str] = {
-    nn.ConvTranspose2d: "ONNX Runtime has no integer kernel for it",
+    nn.ConvTranspose2d: "it does not enlarge by its stride exactly, or has groups or dilation",
+    nn.PReLU: "it has a slope for every channel, and a table only one",
     nn.LayerNorm: "a normalisation needs the real statistics",
     nn.BatchNorm2d: "fold it into its convolution first",
     nn.Softmax: "an exponential needs more than 8 bits",
@@ -89,8 +107,8 @@ REASONS: dict[Any, str] = {
     ExactBilinear: "interpolation makes values between grid points",
     operator.sub: "ONNX Runtime has no integer subtraction",
     torch.sub: "ONNX Runtime has no integer subtraction",
-    F.conv2d: "its weights are constants, not a layer's",
-    F.pad: "only zero padding, inside a convolution, has an integer kernel",
+    F.conv2d: "its weights are constants that 8 bits do not hold",
+    F.pad: "it pads with another constant than zero",
 }
 
 
@@ -186,17 +204,28 @@ def _swap_in_place_function(node: fx.Node) -> bool:
 
 
 class _Recorder(fx.Interpreter):
-    """Runs a graph once and notes which nodes are tensors, or several in a tuple."""
+    """Runs a graph once and notes the shapes of tensors, and which nodes are several in a tuple."""
 
     def __init__(self, module: fx.GraphModule) -> None:
         super().__init__(module)
-        self.is_tensor: dict[fx.Node, bool] = {}
+        self.shapes: dict[fx.Node, torch.Size] = {}
+        self.tuples: set[fx.Node] = set()
 
     def run_node(self, n: fx.Node) -> Any:  # noqa: ANN401 - torch's own signature
         result = super().run_node(n)
-        parts = result if isinstance(result, tuple | list) else (result,)
-        self.is_tensor[n] = any(isinstance(part, Tensor) for part in parts)
+        if isinstance(result, Tensor):
+            self.shapes[n] = result.shape
+        elif isinstance(result, tuple | list) and any(isinstance(part, Tensor) for part in result):
+            self.tuples.add(n)
         return result
+
+
+@torch.no_grad()
+def shapes_of(network: fx.GraphModule, example: Tensor) -> dict[fx.Node, torch.Size]:
+    """The shape of every node that is a tensor, found with one run on `example` (1, C, H, W)."""
+    recorder = _Recorder(network)
+    recorder.run(example)
+    return recorder.shapes
 
 
 def classify(network: fx.GraphModule, example: Tensor) -> dict[fx.Node, Kind]:
@@ -215,10 +244,12 @@ def classify(network: fx.GraphModule, example: Tensor) -> dict[fx.Node, Kind]:
     for node in network.graph.nodes:
         if node.op == "output":
             kinds[node] = Kind.OUTPUT
-        elif not recorder.is_tensor[node] or node not in varying:
+        elif node not in recorder.shapes.keys() | recorder.tuples or node not in varying:
             kinds[node] = Kind.NOT_A_TENSOR
         elif node.op == "placeholder":
             kinds[node] = Kind.INPUT
+        elif recorder.tuples.intersection((node, *node.all_input_nodes)):
+            kinds[node] = Kind.FLOAT
         else:
             kinds[node] = _kind(node, network, kinds)
     return kinds
@@ -253,28 +284,30 @@ def _kind(node: fx.Node, network: fx.GraphModule, kinds: Mapping[fx.Node, Kind])
             return Kind.TAP
         if isinstance(module, nn.Conv2d) and module.padding_mode != "zeros":
             return Kind.FLOAT
+        if isinstance(module, nn.PReLU) and module.num_parameters > 1:
+            return Kind.FLOAT
         if hasattr(module, "of_one_value"):
             return Kind.TABLE
         return _MODULES.get(type(module), Kind.FLOAT)
-    kind = Kind.PASS if _is_slice(node) else _FUNCTIONS.get(node.target, Kind.FLOAT)
+    kind = _FUNCTIONS.get(node.target, Kind.FLOAT)
     tensors = {n for n in node.all_input_nodes if kinds[n] is not Kind.NOT_A_TENSOR}
     if kind in (Kind.ADD, Kind.MULTIPLY) and (len(tensors) != 2 or node.kwargs):
         return Kind.FLOAT  # with a constant, or an addition of something with itself
     if kind is Kind.CONCATENATE and not tensors.issuperset(parts_of(node)):
         return Kind.FLOAT
-    if kind is Kind.PASS and len(node.all_input_nodes) != 1:
+    if kind is Kind.PASS and not _only_moves(node, tensors):
         return Kind.FLOAT
     return kind
 
 
-def _is_slice(node: fx.Node) -> bool:
-    """Whether `node` takes a part of a tensor, such as x[:, :8]; a plain x[1:] may be of a list."""
-    if node.target is not operator.getitem:
+def _only_moves(node: fx.Node, tensors: set[fx.Node]) -> bool:
+    """Whether one tensor goes in, first of the arguments, and nothing new comes out."""
+    if tensors != set(node.args[:1]):
         return False
-    index = node.args[1]
-    return isinstance(index, tuple) and all(
-        part is ... or isinstance(part, slice) for part in index
-    )
+    if node.target is not F.pad:
+        return True
+    words = dict(zip(("input", "pad", "mode", "value"), node.args, strict=False)) | node.kwargs
+    return words.get("mode", "constant") != "constant" or not words.get("value")
 
 
 def is_transcendental(node: fx.Node, network: fx.GraphModule) -> bool:
@@ -283,6 +316,20 @@ def is_transcendental(node: fx.Node, network: fx.GraphModule) -> bool:
         module = network.get_submodule(str(node.target))
         return type(module) in _TRANSCENDENTAL or hasattr(module, "of_one_value")
     return node.target in _TRANSCENDENTAL
+
+
+def is_constant(node: fx.Node, network: fx.GraphModule) -> bool:
+    """Whether a layer's weights are constants of the architecture."""
+    if node.op != "call_module":
+        return False
+    return isinstance(network.get_submodule(str(node.target)), ConstantConv2d)
+
+
+def is_exponential(node: fx.Node, network: fx.GraphModule) -> bool:
+    """Whether an operation is a softmax, whose last bits differ from library to library."""
+    if node.op == "call_module":
+        return isinstance(network.get_submodule(str(node.target)), nn.Softmax)
+    return node.target in (torch.softmax, F.softmax, "softmax")
 
 
 def reason_for_float(node: fx.Node, network: fx.GraphModule) -> str:

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from sparkir.quant.arithmetic import (
     Accumulated,
+    Average,
     Product,
     Quantized,
     Sum,
@@ -24,7 +25,13 @@ from sparkir.quant.arithmetic import (
     to_odd_fraction,
     to_power_of_two,
 )
-from sparkir.quant.quantizer import ActivationQuantizer, Learned, WeightQuantizer
+from sparkir.quant.forms import InterleavedConv2d, Phases, take_factor
+from sparkir.quant.quantizer import (
+    ActivationQuantizer,
+    ConstantQuantizer,
+    Learned,
+    WeightQuantizer,
+)
 
 FRACTION_BITS = 15
 """Of sums that flow on as real values, in steps of the grid that they reach. Eight more bits hold
@@ -37,16 +44,45 @@ sum comes nearer to a tie than half a part, which is several times what float32 
 class QuantLayer(nn.Module):
     """What convolution and linear layers share: weight and bias on the runtime's grids."""
 
-    def __init__(self, layer: nn.Conv2d | nn.Linear, *, bits: int, learned: Learned) -> None:
-        """Take over the parameters of `layer`."""
+    weight: Tensor
+    bias: Tensor | None
+    factor: Tensor | None
+    """For each output channel, on weight and bias."""
+
+    def __init__(
+        self,
+        layer: nn.Conv2d | InterleavedConv2d | nn.Linear | QuantLayer,
+        *,
+        bits: int,
+        learned: Learned,
+    ) -> None:
+        """Take over the parameters of `layer`; if that is one of these, share them with it."""
         super().__init__()
         self.weight, self.bias = layer.weight, layer.bias
-        self.weight_quantizer = WeightQuantizer(layer.weight.shape[0], bits=bits, learned=learned)
+        take_factor(self, getattr(layer, "factor", None))
+        step = getattr(layer, "step", None)
+        self.weight_quantizer: WeightQuantizer | ConstantQuantizer = (
+            WeightQuantizer(self.real_weight().shape[0], bits=bits, learned=learned)
+            if step is None
+            else ConstantQuantizer(step)
+        )
         # Tuples, so that the grids do not become submodules.
         self.writes: tuple[ActivationQuantizer] | None = None
         """The grid that its sums are rounded to, by an odd fraction; see `steps`."""
         self.flows_to: tuple[ActivationQuantizer, ...] = ()
         """The grids that its sums reach as real values, whole parts of their steps; see `steps`."""
+
+    def real_weight(self) -> Tensor:
+        """(C_out, ...), the weights that are rounded."""
+        if self.factor is None:
+            return self.weight
+        return self.weight * self.factor.reshape(-1, *[1] * (self.weight.dim() - 1))
+
+    def real_bias(self) -> Tensor | None:
+        """(C_out,)"""
+        if self.factor is None or self.bias is None:
+            return self.bias
+        return self.bias * self.factor.reshape(-1)
 
     def weight_scale(self, input_scale: Tensor) -> Tensor:
         """(C_out,), the steps of the weights."""
@@ -64,11 +100,12 @@ class QuantLayer(nn.Module):
 
         The bias is an int32 of step input_scale * weight_scale, as the runtime will make it.
         """
-        weight, weight_scale = self.weight_quantizer(self.weight, self.weight_scale(input_scale))
+        real, bias = self.real_weight(), self.real_bias()
+        weight, weight_scale = self.weight_quantizer(real, self.weight_scale(input_scale))
         scale = input_scale * weight_scale
-        if self.bias is None:
+        if bias is None:
             return weight, None, scale
-        return weight, round_straight_through(self.bias / scale), scale
+        return weight, round_straight_through(bias / scale), scale
 
 
 def _part_of(grid: ActivationQuantizer) -> Tensor:
@@ -80,22 +117,52 @@ def _part_of(grid: ActivationQuantizer) -> Tensor:
 
 
 class QuantConv2d(QuantLayer):
-    """A convolution over integers."""
+    """A convolution over integers; of a transposed one, before the pixel shuffle."""
 
-    def __init__(self, layer: nn.Conv2d, *, bits: int, learned: Learned) -> None:
+    stride: tuple[int, ...]
+    padding: str | tuple[int, ...]
+    dilation: tuple[int, ...]
+    groups: int
+
+    def __init__(
+        self,
+        layer: nn.Conv2d | InterleavedConv2d | QuantConv2d,
+        *,
+        bits: int,
+        learned: Learned,
+    ) -> None:
         """Take over `layer`, which pads with zeros."""
+        # Not a module, hence allowed before the parent is made, which asks for the weights.
+        self.phases: Phases | None = getattr(layer, "phases", None)
         super().__init__(layer, bits=bits, learned=learned)
         self.stride, self.padding = layer.stride, layer.padding
         self.dilation, self.groups = layer.dilation, layer.groups
 
+    def real_weight(self) -> Tensor:
+        """(C_out, C_in / groups, h, w), the weights that are rounded."""
+        weight = super().real_weight()
+        return weight if self.phases is None else self.phases.expanded(weight)
+
+    def real_bias(self) -> Tensor | None:
+        """(C_out,)"""
+        bias = super().real_bias()
+        return bias if self.phases is None else self.phases.repeated(bias)
+
+    @property
+    def border(self) -> tuple[int, int, int, int] | None:
+        """Zeros put around the input beforehand: left, right, above, below."""
+        return None if self.phases is None else self.phases.border
+
     def forward(self, x: Quantized | Tensor) -> Accumulated | Tensor:
         """(B, C_in, H, W) on a grid -> sums (B, C_out, H', W')."""
         if isinstance(x, Tensor):
-            return self._convolve(x, self.weight, self.bias)
+            return self._convolve(x, self.real_weight(), self.real_bias())
         weight, bias, scale = self.integers(x.scale)
         return Accumulated(self._convolve(x.ints, weight, bias), scale.view(-1, 1, 1))
 
     def _convolve(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        if self.border is not None:
+            x = F.pad(x, self.border)
         return F.conv2d(x, weight, bias, self.stride, self.padding, self.dilation, self.groups)
 
     def extra_repr(self) -> str:
@@ -164,6 +231,16 @@ def _in_steps_of(first: Quantized, part: Quantized) -> Tensor:
     return part.ints * (part.scale / first.scale)  # exact: the ratio is 1
 
 
+class GlobalAverage(nn.Module):
+    """The mean of each channel over the image."""
+
+    def forward(self, x: Quantized | Tensor) -> Average | Tensor:
+        """(B, C, H, W) -> (B, C, 1, 1); the grid of the result comes next."""
+        if isinstance(x, Tensor):
+            return x.sum((2, 3), keepdim=True) * (1 / (x.shape[2] * x.shape[3]))
+        return Average(*x, pixels=x.ints.shape[2] * x.ints.shape[3])
+
+
 class Call(nn.Module):
     """A function or tensor method with its constant arguments, as a module."""
 
@@ -172,9 +249,9 @@ class Call(nn.Module):
         super().__init__()
         self.function, self.args, self.kwargs = function, args, kwargs
 
-    def forward(self, x: Tensor) -> Tensor:
-        """Call it."""
-        return self.function(x, *self.args, **self.kwargs)
+    def forward(self, x: Tensor, *args: object, **kwargs: object) -> Tensor:
+        """Call it, with more arguments perhaps."""
+        return self.function(x, *self.args, *args, **self.kwargs, **kwargs)
 
     def extra_repr(self) -> str:
         """What print shows."""
@@ -185,15 +262,17 @@ class PassThrough(nn.Module):
     """An operation that moves or selects values (shuffle, max-pool): integers keep their grid."""
 
     def __init__(self, operation: nn.Module) -> None:
-        """Wrap a module of one tensor."""
+        """Wrap a module of one tensor, and perhaps sizes."""
         super().__init__()
         self.operation = operation
 
-    def forward(self, x: Quantized | Tensor) -> Quantized | Tensor:
+    def forward(
+        self, x: Quantized | Tensor, *sizes: object, **options: object
+    ) -> Quantized | Tensor:
         """Apply it to the integers, or in calibration to the values."""
         if isinstance(x, Tensor):
-            return cast("Tensor", self.operation(x))
-        return x._replace(ints=self.operation(x.ints))
+            return cast("Tensor", self.operation(x, *sizes, **options))
+        return x._replace(ints=self.operation(x.ints, *sizes, **options))
 
 
 class Table(nn.Module):
@@ -207,6 +286,13 @@ class Table(nn.Module):
     def forward(self, x: Quantized | Tensor) -> Tensor:
         """Real values; the grid of the result comes next."""
         return cast("Tensor", self.operation(x if isinstance(x, Tensor) else x.dequantize()))
+
+
+def as_constant(function: nn.Module) -> nn.Module:
+    """A function of one value without what it has learned: a leaky ReLU for a PReLU."""
+    if isinstance(function, nn.PReLU):
+        return nn.LeakyReLU(float(function.weight.detach()))
+    return function
 
 
 class AbsorbedReLU(nn.Module):

@@ -10,11 +10,12 @@ that nothing is rounded twice.
 from __future__ import annotations
 
 import copy
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import cast
+from typing import Any, cast
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
 from sparkir.errors import SparkirError
@@ -23,6 +24,8 @@ from sparkir.quant.graph import (
     Kind,
     classify,
     dimension_of,
+    is_constant,
+    is_exponential,
     is_transcendental,
     parts_of,
     reason_for_float,
@@ -35,6 +38,7 @@ from sparkir.quant.layers import (
     Call,
     Concatenate,
     Dequantize,
+    GlobalAverage,
     Multiply,
     PassThrough,
     QuantConv2d,
@@ -43,10 +47,12 @@ from sparkir.quant.layers import (
     Table,
 )
 from sparkir.quant.quantizer import ActivationQuantizer
+from sparkir.quant.rewrite import rewrite
 from sparkir.quant.spec import CARRIER_BITS, QuantSpec
 from sparkir.quant.steps import restrict_steps
 
 EXAMPLE_PX = 48
+_MORE_PX = 16
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -86,7 +92,7 @@ def placement_of(network: nn.Module) -> Placement:
 
 
 _FLOAT, _SUMS, _IMAGE, _CARRIER = (_Request(w) for w in ("float", "sums", "image", "bits"))
-_WRITES_A_GRID = {Kind.LAYER, Kind.ADD, Kind.MULTIPLY, Kind.TABLE, Kind.CONCATENATE}
+_WRITES_A_GRID = {Kind.LAYER, Kind.ADD, Kind.MULTIPLY, Kind.TABLE, Kind.CONCATENATE, Kind.AVERAGE}
 _PASSES = {Kind.PASS, Kind.RELU, Kind.TAP}
 _ABSORBS_RELU = {Kind.LAYER, Kind.ADD, Kind.MULTIPLY}
 
@@ -105,7 +111,7 @@ def prepare(network: nn.Module, spec: QuantSpec) -> fx.GraphModule:
     image on the image's own grid of 256 levels: what a PNG file would hold.
 
     Raises:
-        SparkirError: the forward cannot be traced, returns several values or calls a layer twice.
+        SparkirError: the forward cannot be traced, or returns several values.
     """
     facts = facts_of(network)
     module = trace(copy.deepcopy(network), facts.taps)
@@ -116,6 +122,8 @@ def prepare(network: nn.Module, spec: QuantSpec) -> fx.GraphModule:
         example = example.to(parameter.device)
         break
     _require_same(network, module, example)
+    more = example_px(facts, at_least=side + _MORE_PX) - side
+    rewrite(module, example, F.pad(example, (0, more, 0, more)))
     if spec.runs_on.any_order:
         make_interpolation_exact(module)
     plan = _Plan(module, classify(module, example), spec)
@@ -148,12 +156,21 @@ def example_px(facts: ModelFacts, *, at_least: int) -> int:
     return smallest + -smallest % facts.size_multiple
 
 
+def _function(node: fx.Node) -> Callable[..., Tensor]:
+    """What a call of a function or method calls."""
+    return cast(
+        "Callable[..., Tensor]",
+        getattr(Tensor, node.target) if isinstance(node.target, str) else node.target,
+    )
+
+
 class _Plan:
     """Which grid every tensor gets, decided from its readers backwards."""
 
     def __init__(self, module: fx.GraphModule, kinds: dict[fx.Node, Kind], spec: QuantSpec) -> None:
         self.spec, self.kinds, self.fuses = spec, kinds, spec.runs_on.fuses
         self.tensors = [n for n in module.graph.nodes if kinds[n] is not Kind.NOT_A_TENSOR]
+        self.constant = {n for n in self.tensors if is_constant(n, module)}
         self.edge_layers = self._reached_layers(Kind.INPUT) | self._reached_layers(Kind.OUTPUT)
         self.seeing_the_image: set[fx.Node] = set()
         if spec.runs_on.int8_only:
@@ -161,6 +178,7 @@ class _Plan:
             self.kinds = kinds | dict.fromkeys(self.seeing_the_image, Kind.FLOAT)
         # Runtimes approximate such functions; a grid on either side makes them a table for all.
         self.from_tables = {n for n in self.tensors if is_transcendental(n, module)}
+        self.on_carriers = self._on_carriers(module)
         self.absorbed: set[fx.Node] = set()
         self.owners: dict[fx.Node, fx.Node] = {}
         self.asked: dict[fx.Node, set[_Request]] = {n: set() for n in self.tensors}
@@ -180,11 +198,15 @@ class _Plan:
 
     def reading_bits(self, layer: fx.Node) -> int:
         """Bits of the tensor that `layer` reads."""
+        if layer in self.constant:
+            return CARRIER_BITS
         spec = self.spec
         return spec.first_last_bits if layer in self.edge_layers else spec.activation_bits
 
     def weight_bits(self, layer: fx.Node) -> int:
         """Bits of `layer`'s weights."""
+        if layer in self.constant:
+            return CARRIER_BITS
         spec = self.spec
         return spec.first_last_bits if layer in self.edge_layers else spec.weight_bits
 
@@ -224,8 +246,25 @@ class _Plan:
         if asked or node in self.absorbed:
             return _CARRIER
         writes = self.kinds[node] in _WRITES_A_GRID and not self.fuses
-        writes = writes or node in self.from_tables
-        return _CARRIER if writes else None
+        return _CARRIER if writes or node in self.on_carriers else None
+
+    def _on_carriers(self, module: fx.GraphModule) -> set[fx.Node]:
+        """What must be made on a grid, although its readers take real values.
+
+        No two libraries compute an exponential alike; and where real values flow, a product of
+        them is exact only if few bits come in.
+        """
+        found = {n for n in self.tensors if n in self.from_tables or is_exponential(n, module)}
+        for node in self.tensors if self.fuses else []:
+            if self.kinds[node] in (Kind.MULTIPLY, Kind.AVERAGE):
+                found.update(self._maker(source) for source in self.tensor_inputs(node))
+        return found
+
+    def _maker(self, node: fx.Node) -> fx.Node:
+        """What made a tensor, before it was moved."""
+        while self.kinds[node] in (Kind.TAP, Kind.PASS):
+            (node,) = self.tensor_inputs(node)
+        return node
 
     def _can_be_absorbed(self, node: fx.Node) -> bool:
         """A ReLU whose own grid can do its work, right behind a layer that feeds only it."""
@@ -277,7 +316,7 @@ class _Plan:
                 if near in seen or self.kinds[near] is Kind.NOT_A_TENSOR:
                     continue
                 seen.add(near)
-                if self.kinds[near] is Kind.LAYER:
+                if self.kinds[near] is Kind.LAYER and near not in self.constant:
                     found.add(near)
                 else:
                     waiting.append(near)
@@ -357,10 +396,14 @@ class _Rewriter:
                 self._become(node, Concatenate(dimension_of(node)), parts_of(node))
             case Kind.TABLE:
                 self._become(node, Table(self._operation(node)))
+            case Kind.AVERAGE:
+                self._become(node, GlobalAverage())
             case Kind.RELU if node in self.plan.absorbed:
                 self._become(node, AbsorbedReLU())
-            case Kind.PASS | Kind.RELU if on_grid:
-                self._become(node, PassThrough(self._operation(node)))
+            case Kind.PASS:
+                self._pass_through(node)
+            case Kind.RELU if on_grid:
+                self._pass_through(node)
             case Kind.FLOAT:
                 name = str(node.target) if node.op == "call_module" else node.name
                 seeing = node in self.plan.seeing_the_image
@@ -420,24 +463,37 @@ class _Rewriter:
     def _swap_layer(self, node: fx.Node) -> None:
         name, bits = str(node.target), self.plan.weight_bits(node)
         layer = self.module.get_submodule(name)
-        if isinstance(layer, QuantLayer):
-            raise SparkirError(
-                f"the layer {name!r} is called twice, and each call reads another grid; "
-                "give each call a layer of its own"
-            )
-        kind = QuantConv2d if isinstance(layer, nn.Conv2d) else QuantLinear
-        spec = self.plan.spec
-        swapped = kind(layer, bits=bits, learned=spec.learned)  # type: ignore[arg-type]
+        linear = isinstance(layer, nn.Linear | QuantLinear)
+        kind: Any = QuantLinear if linear else QuantConv2d
+        swapped = kind(layer, bits=bits, learned=self.plan.spec.learned)
+        if isinstance(layer, QuantLayer):  # called again, and each call reads another grid
+            name = node.target = self._unused(name)
         self.module.set_submodule(name, swapped)
         node.args, node.kwargs = tuple(node.all_input_nodes), {}
         self.placement.layers[name] = (bits, self.plan.reading_bits(node))
+
+    def _unused(self, name: str) -> str:
+        """`name` with a number that makes it another layer's."""
+        number = 2
+        while f"{name}_call{number}" in self.placement.layers:
+            number += 1
+        return f"{name}_call{number}"
 
     def _operation(self, node: fx.Node) -> nn.Module:
         """The node's own operation as a module of one tensor."""
         if node.op == "call_module":
             return self.module.get_submodule(str(node.target))
-        function = getattr(Tensor, node.target) if isinstance(node.target, str) else node.target
-        return Call(function, *node.args[1:], **node.kwargs)
+        return Call(_function(node), *node.args[1:], **node.kwargs)
+
+    def _pass_through(self, node: fx.Node) -> None:
+        """Make `node` move integers as it moves values; sizes stay its arguments."""
+        args, words = node.args, node.kwargs
+        if node.op == "call_module":
+            operation = self.module.get_submodule(str(node.target))
+        else:
+            operation = Call(_function(node))
+        self._become(node, PassThrough(operation))
+        node.args, node.kwargs = args, words
 
     def _become(
         self, node: fx.Node, module: nn.Module, inputs: Sequence[fx.Node] | None = None

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from sparkir.quant.arithmetic import (
+    Average,
     Product,
     Quantized,
     Sum,
@@ -165,6 +166,8 @@ def _numel(value: Value) -> int:
     """How many values there are, once the operation is done."""
     if isinstance(value, Sum | Product):
         return math.prod(torch.broadcast_shapes(value.a.ints.shape, value.b.ints.shape))
+    if isinstance(value, Average):
+        return value.ints.shape[0] * value.ints.shape[1]
     return (value if isinstance(value, Tensor) else value.ints).numel()
 
 
@@ -224,3 +227,28 @@ class WeightQuantizer(nn.Module):
     def calibrate(self, weight: Tensor, method: Literal["mse", "percentile", "minmax"]) -> None:
         """Fit the steps to `weight` (C_out, ...)."""
         self.log_scale.copy_(fit_weight_scale(weight, bits=self.bits, method=method).log())
+
+
+class ConstantQuantizer(nn.Module):
+    """The grid of constant weights, which lie on it already; 8 bits."""
+
+    bits = 8
+    step: Tensor
+
+    def __init__(self, step: Tensor) -> None:
+        """`step` (C_out,) is that of the weights."""
+        super().__init__()
+        self.register_buffer("step", step, persistent=False)
+
+    def scale(self) -> Tensor:
+        """(C_out,), the steps, without what `steps` asks for."""
+        return self.step
+
+    def forward(self, weight: Tensor, scale: Tensor) -> tuple[Tensor, Tensor]:
+        """Integers of `weight` (C_out, ...) in float32, and their steps (C_out,)."""
+        step = scale.detach().view(-1, *[1] * (weight.dim() - 1))
+        top = 2 ** (self.bits - 1) - 1
+        return (weight / step).round_().clamp_(-top, top), scale
+
+    def calibrate(self, weight: Tensor, method: str) -> None:
+        """Nothing is left to fit."""

@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
 from sparkir.quant.arithmetic import Accumulated, Quantized, Value, quantize
-from sparkir.quant.layers import QuantConv2d, QuantLayer
+from sparkir.quant.layers import QuantConv2d, QuantLayer, Table, as_constant
 from sparkir.quant.prepare import carry_facts, placement_of
 from sparkir.quant.quantizer import ActivationQuantizer
 from sparkir.quant.steps import grid_of_input
@@ -121,11 +121,13 @@ class IntegerConv2d(IntegerLayer):
     def __init__(self, layer: QuantConv2d, name: str, source: IntegerQuantizer) -> None:
         """Freeze `layer`."""
         super().__init__(layer, name, source)
-        self.stride, self.padding = layer.stride, layer.padding
+        self.stride, self.padding, self.border = layer.stride, layer.padding, layer.border
         self.dilation, self.groups = layer.dilation, layer.groups
 
     def apply_weights(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         """(B, C_in, H, W) -> (B, C_out, H', W')."""
+        if self.border is not None:
+            x = F.pad(x, self.border)
         return F.conv2d(x, weight, bias, self.stride, self.padding, self.dilation, self.groups)
 
     def forward(self, x: Quantized) -> Accumulated:
@@ -165,8 +167,22 @@ def freeze(student: fx.GraphModule) -> fx.GraphModule:
             source = grids[grid_of_input(node, modules)]
             kind = IntegerConv2d if isinstance(module, QuantConv2d) else IntegerLinear
             frozen.set_submodule(name, kind(cast("Any", module), name, source))
+        elif isinstance(module, Table):
+            frozen.set_submodule(name, Table(as_constant(module.operation)))
     carry_facts(student, frozen)
     return cast("fx.GraphModule", frozen)
+
+
+def same_weights(frozen: nn.Module) -> list[list[str]]:
+    """The layers of an integer network, in groups of the same integers, which a file stores once.
+
+    They are those of a layer that is called again, and of constants.
+    """
+    groups: dict[tuple[object, ...], list[str]] = {}
+    for name in placement_of(frozen).layers:
+        weight = cast("IntegerLayer", frozen.get_submodule(name)).weight
+        groups.setdefault((*weight.shape, weight.numpy().tobytes()), []).append(name)
+    return list(groups.values())
 
 
 def stored_bytes(frozen: nn.Module) -> int:
@@ -174,9 +190,12 @@ def stored_bytes(frozen: nn.Module) -> int:
     placement = placement_of(frozen)
     grids = sum(isinstance(module, IntegerQuantizer) for module in frozen.modules())
     total = grids * (_STEP_BYTES + 1)
-    for name, (bits, _) in placement.layers.items():
-        layer = cast("IntegerLayer", frozen.get_submodule(name))
+    for group in same_weights(frozen):
+        layers = [cast("IntegerLayer", frozen.get_submodule(name)) for name in group]
+        bits, _ = placement.layers[group[0]]
         packed = next(width for width in _STORED_BITS if width >= bits)
-        rows = _STEP_BYTES + (0 if layer.bias is None else _BIAS_BYTES)
-        total += -(-layer.weight.numel() * packed // 8) + len(layer.weight) * rows
+        total += -(-layers[0].weight.numel() * packed // 8)
+        for layer in layers:
+            rows = _STEP_BYTES + (0 if layer.bias is None else _BIAS_BYTES)
+            total += len(layer.weight) * rows
     return total

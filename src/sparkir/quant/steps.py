@@ -67,7 +67,8 @@ def _restrict_grid(node: fx.Node, grid: ActivationQuantizer, modules: dict[str, 
     for reader in _readers(node, modules, *_MOVES):
         module = _module(reader, modules)
         added = isinstance(module, Dequantize) and any(
-            isinstance(_module(user, modules), Add | Multiply) for user in reader.users
+            isinstance(_module(user, modules), Add | Multiply)
+            for user in _readers(reader, modules, *_MOVES)
         )
         if isinstance(module, Add | Multiply) or added:
             grid.power_of_two = True

@@ -20,6 +20,7 @@ from sparkir.restore.tiles import Tiling, restore_tiled, tiling_for
 Progress = Callable[[int, int], None]  # tiles done, tiles in all
 
 _LARGEST_PX = 1024  # larger tiles save hardly any halo and show no progress
+_WHOLE_PX = 2**16
 _PROBE_PX = 96
 _MARGIN = 1.25  # a tile may take more than the probe said by this factor
 _ASSEMBLY_BYTES = 32  # of putting a tile in its place, for every pixel of the result
@@ -33,7 +34,9 @@ class Engine:
         """`memory_bytes` bounds what pictures and tiles may take; None: half of what is free."""
         self.restorer = restorer
         self.memory_bytes = memory_bytes
-        self.tiling = tiling_for(restorer.facts, _LARGEST_PX)
+        # Where tiles come out otherwise than the whole, they are as large as the memory allows.
+        largest_px = _LARGEST_PX if restorer.facts.exact_tiles else _WHOLE_PX
+        self.tiling = tiling_for(restorer.facts, largest_px)
         self.bytes_per_px: float | None = None
 
     def __call__(

@@ -54,7 +54,7 @@ def restore_files(
         target: a file for one picture, else a folder.
         report: told ``{"kind": "tile", "name", "part", "parts", "done", "total"}`` after each
             tile and ``{"kind": "restored", "name", "done", "total"}`` after each picture, where
-            done and total count pictures.
+            done and total count pictures; also ``{"kind": "warning", "message"}``.
         memory_bytes: see `Engine`.
         max_pixels: pictures of more are refused unread.
         overwrite: make everything again and replace whatever is there.
@@ -70,7 +70,7 @@ def restore_files(
     outcome = Restored()
     for done, job in enumerate(jobs):
         counted = {"name": shown(job.source.name), "total": len(jobs)}
-        tell = partial(_tell, report, {"kind": "tile", "done": done, **counted})
+        tell = partial(_tell, report, {"kind": "tile", "done": done, **counted}, restorer)
         try:
             if not overwrite and _is_finished(job, restorer):
                 outcome.finished.append(job.result)
@@ -88,7 +88,14 @@ def restore_files(
     return outcome
 
 
-def _tell(report: Report, event: dict[str, Any], part: int, parts: int) -> None:
+def _tell(report: Report, event: dict[str, Any], restorer: Restorer, part: int, parts: int) -> None:
+    if part == 1 and parts > 1 and not restorer.facts.exact_tiles:
+        message = (
+            f"{event['name']} is restored in {parts} tiles, and {restorer.facts.name} looks at the "
+            "whole picture: the result differs a little from that of one piece; more memory "
+            "(--memory) makes fewer tiles"
+        )
+        report({"kind": "warning", "message": message})
     report({**event, "part": part, "parts": parts})
 
 
