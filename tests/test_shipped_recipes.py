@@ -16,6 +16,7 @@ pytest_plugins = ["helpers"]
 
 SHRUNK = {
     "dncnn": {"depth": 4, "width": 8},
+    "edsr-baseline": {"width": 8},
     "mirnet": {"width": 8, "groups": 1, "blocks": 1},
     "rfdn": {"width": 8, "blocks": 1},
 }

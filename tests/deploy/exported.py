@@ -157,6 +157,7 @@ def deploy(
     activation_bits: int | None = None,
     target: TargetName = "onnxruntime",
     grid: str = "auto",
+    float_layers: tuple[str, ...] = (),
 ) -> Deployed:
     torch.manual_seed(0)
     network = NETWORKS[name]().eval()
@@ -165,6 +166,7 @@ def deploy(
         activation_bits=activation_bits or bits,
         target=target,
         activation_grid=grid,
+        float_layers=float_layers,
     )
     student = prepare(network, spec)
     calibrate(student, [images(network.facts, 2, 32, 24)])

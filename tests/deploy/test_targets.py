@@ -70,6 +70,15 @@ def test_low_bits_unpack_into_the_same_kernels(bits, target):
     assert found.parity.fusion.float_layers == ()
 
 
+@pytest.mark.parametrize("target", ["onnxruntime", "openvino"])
+def test_layers_that_the_recipe_leaves_in_float(target):
+    chosen = ("head.*", "body.1", "tail.*")
+    found = deploy("edsr", 4, 4, target, float_layers=chosen)
+    assert found.parity.failures == []
+    assert placement_of(found.frozen).layers.keys() == {"body.0.body.0", "body.0.body.2"}
+    assert len(found.parity.fusion.float_layers) == 4  # head, body, two of the tail
+
+
 @pytest.mark.parametrize("name", ["edsr", "dncnn"])
 @pytest.mark.parametrize("grid", ["affine", "symmetric"])
 def test_one_file_shows_the_same_pixels_in_both_runtimes(name, grid):

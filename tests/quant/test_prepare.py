@@ -12,7 +12,7 @@ from toys import CASES, LARGE, Plain, Toy, convolution, images, observing, psnr_
 
 from sparkir.errors import SparkirError
 from sparkir.models.facts import ModelFacts
-from sparkir.models.registry import available
+from sparkir.models.registry import available, build
 from sparkir.quant.calibrate import activation_quantizers
 from sparkir.quant.layers import PassThrough, Table
 from sparkir.quant.prepare import example_px, placement_of, prepare
@@ -399,3 +399,29 @@ class WritesThroughAnotherName(Plain):
 def test_writing_through_another_name_is_refused():
     with pytest.raises(SparkirError, match="in place that it also uses under another name"):
         prepare(WritesThroughAnotherName(), QuantSpec())
+
+
+# -- layers left in float -------------------------------------------------------------------------
+
+BLOCKS_ONLY = {"float_layers": ("head.*", "body.2", "tail.*")}
+
+
+def test_the_recipes_float_layers_stay_and_the_others_keep_their_bits():
+    network = build("edsr", width=8, blocks=2, scale=4)
+    placement = placement_of(
+        prepare(network, QuantSpec(weight_bits=4, activation_bits=4, **BLOCKS_ONLY))
+    )
+    blocks = [f"body.{block}.body.{layer}" for block in (0, 1) for layer in (0, 2)]
+    assert placement.layers == dict.fromkeys(blocks, (4, 4))  # no first or last among them
+    chosen = {name for name, why in placement.left_in_float.items() if "float_layers" in why}
+    assert chosen == {"head.0", "body.2", "tail.0.0", "tail.0.2", "tail.1"}
+
+
+def test_float_layers_that_there_are_not():
+    network = build("edsr", width=8, blocks=2, scale=4)
+    with pytest.raises(SparkirError, match=r"no layer is called 'body.3'; did you mean 'body.2'\?"):
+        prepare(network, QuantSpec(float_layers=("head.*", "body.3")))
+    with pytest.raises(
+        SparkirError, match=r"no layer is called 'x\*'; layers: head.0, body.0.body.0"
+    ):
+        prepare(network, QuantSpec(float_layers=("x*",)))

@@ -12,6 +12,8 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from difflib import get_close_matches
+from fnmatch import fnmatchcase
 from typing import Any, cast
 
 import torch
@@ -111,7 +113,8 @@ def prepare(network: nn.Module, spec: QuantSpec) -> fx.GraphModule:
     image on the image's own grid of 256 levels: what a PNG file would hold.
 
     Raises:
-        SparkirError: the forward cannot be traced, or returns several values.
+        SparkirError: the forward cannot be traced, or returns several values; or `spec` leaves
+            layers in float that there are not.
     """
     facts = facts_of(network)
     module = trace(copy.deepcopy(network), facts.taps)
@@ -172,10 +175,11 @@ class _Plan:
         self.tensors = [n for n in module.graph.nodes if kinds[n] is not Kind.NOT_A_TENSOR]
         self.constant = {n for n in self.tensors if is_constant(n, module)}
         self.edge_layers = self._reached_layers(Kind.INPUT) | self._reached_layers(Kind.OUTPUT)
-        self.seeing_the_image: set[fx.Node] = set()
+        self.left_out = dict.fromkeys(self._chosen_layers(), "the recipe's float_layers name it")
         if spec.runs_on.int8_only:
-            self.seeing_the_image = self._reached_layers(Kind.INPUT)
-            self.kinds = kinds | dict.fromkeys(self.seeing_the_image, Kind.FLOAT)
+            why = "it reads the image, whose 256 levels no int8 holds"
+            self.left_out |= dict.fromkeys(self._reached_layers(Kind.INPUT), why)
+        self.kinds = kinds | dict.fromkeys(self.left_out, Kind.FLOAT)
         # Runtimes approximate such functions; a grid on either side makes them a table for all.
         self.from_tables = {n for n in self.tensors if is_transcendental(n, module)}
         self.on_carriers = self._on_carriers(module)
@@ -247,6 +251,20 @@ class _Plan:
             return _CARRIER
         writes = self.kinds[node] in _WRITES_A_GRID and not self.fuses
         return _CARRIER if writes or node in self.on_carriers else None
+
+    def _chosen_layers(self) -> set[fx.Node]:
+        """The layers that the recipe leaves in floating point."""
+        layers = [n for n in self.tensors if self.kinds[n] is Kind.LAYER and n not in self.constant]
+        found: set[fx.Node] = set()
+        for pattern in self.spec.float_layers:
+            named = {n for n in layers if fnmatchcase(str(n.target), pattern)}
+            if not named:
+                names = list(dict.fromkeys(str(n.target) for n in layers))
+                near = get_close_matches(pattern, names, n=1)
+                hint = f"did you mean {near[0]!r}?" if near else f"layers: {', '.join(names)}"
+                raise SparkirError(f"quant.float_layers: no layer is called {pattern!r}; {hint}")
+            found |= named
+        return found
 
     def _on_carriers(self, module: fx.GraphModule) -> set[fx.Node]:
         """What must be made on a grid, although its readers take real values.
@@ -406,12 +424,8 @@ class _Rewriter:
                 self._pass_through(node)
             case Kind.FLOAT:
                 name = str(node.target) if node.op == "call_module" else node.name
-                seeing = node in self.plan.seeing_the_image
-                self.placement.left_in_float[name] = (
-                    "it reads the image, whose 256 levels no int8 holds"
-                    if seeing
-                    else reason_for_float(node, self.module)
-                )
+                reason = self.plan.left_out.get(node) or reason_for_float(node, self.module)
+                self.placement.left_in_float[name] = reason
             case _:
                 pass
 
