@@ -88,3 +88,12 @@ def test_a_file_gets_the_last_state_alone():
         tell(shown)
     assert out.getvalue().count("train QAT") == 1
     assert f"{STEPS}/{STEPS}" in out.getvalue()
+
+
+def test_what_is_over_does_not_look_busy():
+    with follow(out=Console(file=io.StringIO())) as shown:
+        shown({"kind": "stage", "name": "export", "steps": 0})
+        assert shown.progress.tasks[0].total is None
+        shown({"kind": "stage", "name": "measure", "steps": 2})
+        assert shown.progress.tasks[0].finished
+        assert not shown.progress.tasks[1].finished

@@ -91,6 +91,8 @@ class Display:
     def finish(self) -> None:
         """Stop the running bar."""
         if self.task is not None:
+            if self.progress.tasks[self.progress.task_ids.index(self.task)].total is None:
+                self.progress.update(self.task, total=1, completed=1)  # or it would look busy
             self.progress.stop_task(self.task)
             self.task = None
 
