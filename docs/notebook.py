@@ -1,4 +1,4 @@
-"""Executes `notebook.ipynb` again, in place: make notebook
+"""Executes `notebook.ipynb` again, in place: make notebook. Also makes a page of it, for the site.
 
 Outputs are kept small, and free of what changes from one run to the next. A digest of the code goes
 with them, by which a test sees whether they are those of the code beside them.
@@ -27,6 +27,26 @@ def code_of(notebook: dict[str, Any]) -> list[str]:
 def digest_of(notebook: dict[str, Any]) -> str:
     """What the code is recognised by."""
     return hashlib.sha256("\0".join(code_of(notebook)).encode()).hexdigest()[:16]
+
+
+def page_of(notebook: dict[str, Any]) -> tuple[str, dict[str, bytes]]:
+    """The notebook as Markdown, and the pictures that it shows, by their paths."""
+    parts: list[str] = []
+    pictures: dict[str, bytes] = {}
+    for cell in notebook["cells"]:
+        text = "".join(cell["source"])
+        parts.append(text if cell["cell_type"] == "markdown" else f"```python\n{text}\n```")
+        for data in (output["data"] for output in cell.get("outputs", ())):
+            (kind, shown), *_ = data.items()
+            shown = "".join(shown).strip()
+            if kind == "image/jpeg":
+                path = f"images/notebook-{len(pictures) + 1}.jpg"
+                pictures[path], shown = base64.b64decode(shown), f"![What the cell shows]({path})"
+            elif kind == "text/plain":
+                shown = f"```text\n{shown}\n```"
+            parts.append(shown)
+    parts.append("This page is [a notebook](notebook.ipynb).")
+    return "\n\n".join(parts) + "\n", pictures
 
 
 def execute(notebook: dict[str, Any]) -> dict[str, Any]:

@@ -102,3 +102,13 @@ def test_a_picture_is_kept_once(tool):
     kept = tool.small({"text/plain": "<PIL.Image at 0x7f>", "text/markdown": "| a |"})
     assert kept == {"text/markdown": "| a |"}
     assert tool.small({"text/plain": "'a'"}) == {"text/plain": "'a'"}
+
+
+def test_the_site_has_a_page_of_it(notebook, tool):
+    page, pictures = tool.page_of(notebook)
+    for cell in notebook["cells"]:
+        assert "".join(cell["source"]) in page
+    assert "| SPARK (paper) W4A4 | runtime |" in page
+    assert [f"({path})" in page for path in pictures] == [True] * 3
+    assert all(content.startswith(b"\xff\xd8\xff") for content in pictures.values())
+    assert "base64" not in page
