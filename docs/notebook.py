@@ -50,7 +50,7 @@ def page_of(notebook: dict[str, Any]) -> tuple[str, dict[str, bytes]]:
 
 
 def execute(notebook: dict[str, Any]) -> dict[str, Any]:
-    """The notebook with the outputs of a new kernel, in an empty folder.
+    """The notebook with the outputs of a new kernel, in an empty folder, with an empty cache.
 
     Raises:
         nbclient.exceptions.CellExecutionError: a cell failed.
@@ -61,8 +61,10 @@ def execute(notebook: dict[str, Any]) -> dict[str, Any]:
 
     node = nbformat.reads(json.dumps(notebook), as_version=4)
     with tempfile.TemporaryDirectory() as folder:
-        resources = {"metadata": {"path": folder}}
-        NotebookClient(node, record_timing=False, timeout=None, resources=resources).execute()
+        client = NotebookClient(
+            node, record_timing=False, timeout=None, resources={"metadata": {"path": folder}}
+        )
+        client.execute(env=os.environ | {"SPARKIR_CACHE": str(Path(folder) / "cache")})
     done: dict[str, Any] = json.loads(nbformat.writes(node))
     outputs = [o for cell in done["cells"] for o in cell.get("outputs", ())]
     for output in outputs:
