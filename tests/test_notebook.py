@@ -1,7 +1,6 @@
 """The notebook: its code runs, what it ends cells with can be shown, and its outputs are of it."""
 
 import ast
-import importlib.util
 import json
 import runpy
 from pathlib import Path
@@ -25,10 +24,7 @@ def notebook():
 
 @pytest.fixture(scope="module")
 def tool():
-    spec = importlib.util.spec_from_file_location("notebook", DOCS / "notebook.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return SimpleNamespace(**runpy.run_path(str(DOCS / "notebook.py")))
 
 
 def script_of(code: list[str]) -> str:
