@@ -3,11 +3,12 @@
 PYTHON ?= python3
 VENV := .venv
 DOCS_VENV := .venv-docs
+NOTEBOOK_VENV := .venv-notebook
 BIN := $(VENV)/bin
 # The CPU build of torch, where the machine offers one; otherwise pip would fetch gigabytes of CUDA.
 TORCH ?= torch==2.13.0
 
-.PHONY: demo test test-all check format docs clean
+.PHONY: demo test test-all check bench format docs notebook clean
 
 demo: $(VENV)/.installed
 	$(BIN)/sparkir distill demo
@@ -41,6 +42,11 @@ docs: $(VENV)/.installed $(DOCS_VENV)/.installed
 	$(BIN)/python docs/generate.py
 	NO_MKDOCS_2_WARNING=1 $(DOCS_VENV)/bin/mkdocs build --strict
 
+# Executes docs/notebook.ipynb again, in place: Jupyter from one environment, sparkir from the other.
+notebook: $(VENV)/.installed $(NOTEBOOK_VENV)/.installed
+	PYTHONPATH=$$(echo $(CURDIR)/$(NOTEBOOK_VENV)/lib/python3*/site-packages) \
+		$(BIN)/python docs/notebook.py
+
 # requirements-dev.lock pins everything that the tests and the checks were last seen green with.
 $(VENV)/.installed: pyproject.toml requirements-dev.lock
 	$(PYTHON) -m venv $(VENV)
@@ -51,9 +57,11 @@ $(VENV)/.installed: pyproject.toml requirements-dev.lock
 	touch $@
 
 $(DOCS_VENV)/.installed: docs/requirements.txt
-	$(PYTHON) -m venv $(DOCS_VENV)
-	$(DOCS_VENV)/bin/python -m pip install --quiet --no-deps --requirement docs/requirements.txt
+$(NOTEBOOK_VENV)/.installed: docs/requirements-notebook.txt
+$(DOCS_VENV)/.installed $(NOTEBOOK_VENV)/.installed:
+	$(PYTHON) -m venv $(@D)
+	$(@D)/bin/python -m pip install --quiet --no-deps --requirement $<
 	touch $@
 
 clean:
-	rm -rf $(VENV) $(DOCS_VENV) site build dist .pytest_cache .mypy_cache .ruff_cache
+	rm -rf $(VENV) $(DOCS_VENV) $(NOTEBOOK_VENV) site build dist .pytest_cache .mypy_cache .ruff_cache

@@ -38,6 +38,7 @@ from sparkir.deploy import contenders
 from sparkir.errors import SparkirError
 from sparkir.models.checkpoint import read_metadata, read_weights, save_weights
 from sparkir.models.registry import available, build
+from sparkir.report.progress import CellDisplay
 
 pytest_plugins = ["helpers"]
 
@@ -637,7 +638,7 @@ def test_ctrl_c_stops_at_once_where_there_is_no_step_to_wait_for():
 
 
 def test_a_comparison_has_a_bar_for_every_training_and_one_for_all(capsys):
-    with cli._display(cli._CellDisplay) as shown:
+    with cli._display(CellDisplay) as shown:
         shown({"kind": "cells", "done": 1, "total": 3})
         for cell in ("QAT, seed 0", "KD, seed 0"):
             shown({"kind": "cell", "cell": cell, "steps": 8})

@@ -84,7 +84,7 @@ def test_schema_accepts_the_shipped_recipes(name):
 
 
 def test_links_between_pages_lead_somewhere():
-    for page in DOCS.rglob("*.md"):
+    for page in [*DOCS.rglob("*.md"), *DOCS.glob("*.ipynb")]:
         for target in re.findall(r"\]\(([^)#\s]+)(?:#[^)]*)?\)", page.read_text("utf-8")):
             if not target.startswith(("http", "mailto")):
                 assert (page.parent / target).exists(), f"{page.name}: {target}"

@@ -6,31 +6,21 @@ import json
 import os
 import re
 import shlex
-import signal
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from types import FrameType
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.markup import escape
-from rich.progress import (
-    BarColumn,
-    MofNCompleteColumn,
-    Progress,
-    SpinnerColumn,
-    TaskID,
-    TextColumn,
-    TimeElapsedColumn,
-    TimeRemainingColumn,
-)
+from rich.progress import Progress
 from rich.table import Table
 
 from sparkir.errors import SparkirError
+from sparkir.report.progress import CellDisplay, Display, follow
 
 if TYPE_CHECKING:
     from sparkir.compare.tabulate import Comparison
@@ -48,7 +38,6 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     rich_markup_mode="rich",
 )
-_STOP = (signal.SIGINT, signal.SIGTERM)  # the latter from torchrun and from job schedulers
 out, err = Console(emoji=False), Console(stderr=True, emoji=False)
 
 RecipeName = Annotated[str, typer.Argument(help="A recipe file, or a name from `sparkir recipes`.")]
@@ -189,7 +178,7 @@ def compare(
     folder = out_folder or Path("runs") / f"compare-{chosen.name}"
     _say(f"[bold]{escape(chosen.name)}[/]: {escape(', '.join(row.name for row in rows))}")
     _say(f"folder [bold]{escape(str(folder))}[/]; Ctrl-C stops after the step, to be gone on with")
-    with _display(_CellDisplay) as shown, shown.stoppable():
+    with _display(CellDisplay) as shown, shown.stoppable():
         try:
             comparison = carry_out(
                 chosen,
@@ -559,165 +548,11 @@ def _default_folder(name: str, *, resume: bool) -> Path:
 # Display --------------------------------------------------------------------------------------
 
 
-class _Display:
-    """Shows the event stream as progress bars and lines."""
-
-    def __init__(self, progress: Progress) -> None:
-        self.progress = progress
-        self.task: TaskID | None = None
-        self.psnr = ""
-        self.training = self.stop = False
-
-    def __call__(self, event: dict[str, Any]) -> None:
-        handler = getattr(self, f"_on_{event['kind']}", None)
-        if handler is not None:
-            handler(event)
-
-    def _on_decoding(self, event: dict[str, Any]) -> None:
-        self._show("reading images", event["done"], event["total"])
-
-    def _on_teacher(self, event: dict[str, Any]) -> None:
-        self._show(None, event["done"], event["total"])
-
-    def _on_stage(self, event: dict[str, Any]) -> None:
-        self.finish()
-        self.psnr = ""
-        self.training = event["name"].startswith("train")
-        name = escape(event["name"])
-        self.task = self.progress.add_task(name, total=event["steps"] or None, note="")
-
-    def _on_resumed(self, event: dict[str, Any]) -> None:
-        self._show(None, event["step"], None)
-
-    def _on_step(self, event: dict[str, Any]) -> None:
-        self._show(None, event["step"], None, f"loss {event['loss']:.5f} {self.psnr}")
-
-    def _on_evaluation(self, event: dict[str, Any]) -> None:
-        self.psnr = f"PSNR {event['psnr_db']:.2f} dB"
-
-    def _on_row(self, event: dict[str, Any]) -> None:
-        self._show(None, event["done"], event["total"], event["name"])
-
-    def _on_restored(self, event: dict[str, Any]) -> None:
-        self._show("restoring", event["done"], event["total"], event["name"])
-
-    def _on_tile(self, event: dict[str, Any]) -> None:
-        note = f"{event['name']}: tile {event['part']} of {event['parts']}"
-        self._show("restoring", event["done"], event["total"], note)
-
-    def _on_warning(self, event: dict[str, Any]) -> None:
-        _say(f"[yellow]warning:[/] {escape(event['message'])}", to=err)
-
-    def _show(self, name: str | None, done: int, total: int | None, note: str = "") -> None:
-        if self.task is None:
-            self.task = self.progress.add_task(name or "", total=total, note="")
-        options: dict[str, Any] = {"completed": done, "note": escape(note)}
-        if total is not None:
-            options["total"] = total
-        self.progress.update(self.task, **options)
-        if name is not None and done == total:
-            self.finish()
-
-    def finish(self) -> None:
-        """Stop the running bar."""
-        if self.task is not None:
-            self.progress.stop_task(self.task)
-            self.task = None
-
-    @contextmanager
-    def stoppable(self) -> Iterator[None]:
-        """While training, a first Ctrl-C or SIGTERM asks for a stop after the step.
-
-        A second one insists.
-        """
-
-        def handle(number: int, frame: FrameType | None) -> None:
-            if self.stop or not self.training:
-                raise KeyboardInterrupt
-            self.stop = True
-
-        before = {number: signal.signal(number, handle) for number in _STOP}
-        try:
-            yield
-        finally:
-            for number, handler in before.items():
-                signal.signal(number, handler)
-
-
-class _CellDisplay(_Display):
-    """The same for many trainings, perhaps several at once: a bar for each, and one for all."""
-
-    def __init__(self, progress: Progress) -> None:
-        super().__init__(progress)
-        self.cells: dict[str, TaskID] = {}
-        self.overall: TaskID | None = None
-        self.warned: set[str] = set()
-
-    def _on_cells(self, event: dict[str, Any]) -> None:
-        self.finish()
-        self.training = True
-        self.overall = self.progress.add_task(
-            "comparison", completed=event["done"], total=event["total"], note=""
-        )
-
-    def _on_cell(self, event: dict[str, Any]) -> None:
-        name = escape(event["cell"])
-        self.cells[event["cell"]] = self.progress.add_task(name, total=event["steps"], note="")
-
-    def _on_stage(self, event: dict[str, Any]) -> None:
-        if not event["name"].startswith("train"):  # which is what the bar is of
-            self._note(event, event["name"])
-
-    def _on_teacher(self, event: dict[str, Any]) -> None:
-        self._note(event, f"teacher on image {event['done']} of {event['total']}")
-
-    def _on_resumed(self, event: dict[str, Any]) -> None:
-        self._note(event, "", completed=event["step"])
-
-    def _on_step(self, event: dict[str, Any]) -> None:
-        self._note(event, f"loss {event['loss']:.5f}", completed=event["step"])
-
-    def _on_evaluation(self, event: dict[str, Any]) -> None:
-        self._note(event, f"PSNR {event['psnr_db']:.2f} dB")
-
-    def _on_scoring(self, event: dict[str, Any]) -> None:
-        self._note(event, f"scoring {event['set']}")
-
-    def _on_warning(self, event: dict[str, Any]) -> None:
-        if event["message"] not in self.warned:  # by the same thing in another cell
-            self.warned.add(event["message"])
-            super()._on_warning(event)
-
-    def _note(self, event: dict[str, Any], note: str, completed: int | None = None) -> None:
-        task = self.cells.get(event.get("cell", ""))
-        if task is not None:
-            self.progress.update(task, note=escape(note), completed=completed)
-
-    def _on_cell_done(self, event: dict[str, Any]) -> None:
-        self.progress.remove_task(self.cells.pop(event["cell"]))
-        if self.overall is not None:
-            self.progress.advance(self.overall)
-        if event["failed"]:
-            self._on_warning({"message": f"{event['cell']} failed: {event['failed']}"})
-
-
 @contextmanager
-def _display(kind: Callable[[Progress], _Display] = _Display) -> Iterator[_Display]:
-    columns = (
-        SpinnerColumn(),
-        TextColumn("{task.description}"),
-        BarColumn(bar_width=24),
-        MofNCompleteColumn(),
-        TimeElapsedColumn(),
-        TextColumn("left"),
-        TimeRemainingColumn(),
-        TextColumn("{task.fields[note]}"),
-    )
+def _display(kind: Callable[[Progress, Console], Display] = Display) -> Iterator[Display]:
     try:
-        with Progress(*columns, console=out, refresh_per_second=4) as progress:
-            shown = kind(progress)
+        with follow(kind, out=out, err=err) as shown:
             yield shown
-            shown.finish()
     except KeyboardInterrupt:
         _say("stopped; nothing half-written was left behind", to=err)
         sys.exit(130)

@@ -252,6 +252,10 @@ class Outcome:
     remark: str = ""
     """What the name of the recipe's method does not say."""
 
+    def _repr_markdown_(self) -> str:
+        """What a notebook shows: the report, without a title among the notebook's own."""
+        return self.files["table"].read_text("utf-8").partition("\n\n")[2]
+
 
 def distill(
     recipe: Recipe,

@@ -33,8 +33,8 @@ class QuantSpec:
     first_last_bits: int = 8
     """Bits of the first and last layer's weights and inputs; they see and make the image itself."""
     float_layers: tuple[str, ...] = ()
-    """Layers to leave in floating point, by name; `*` stands for anything, as in `tail.*`. The first
-    and last layer are those of the whole network: if they are left out, no other takes their place."""
+    """Layers to leave in floating point, by name; `*` stands for anything, as in `tail.*`. The
+    first and last layer stay those of the whole network: no other takes their place."""
     activation_grid: Literal["auto", "affine", "symmetric"] = "auto"
     """`affine` fits both ends of the range; `symmetric` keeps zero in the middle; `auto` is
     symmetric at 8 bits for targets that fuse, and at all widths for those that take nothing else. A

@@ -2,7 +2,8 @@
 
 In sparkir's own training, each process has an equal share of every batch, and everything is as if
 one process had it all; `share_batches` says so. Elsewhere, as in a training loop of the user's own,
-a batch is the process's own, and these functions give back what they are given.
+a batch is the process's own, and these functions give back what they are given; `replicas` keeps
+one policy there.
 """
 
 from __future__ import annotations
@@ -48,11 +49,19 @@ def averaged(gradients: Sequence[Tensor | None]) -> Sequence[Tensor | None]:
     """The mean of each gradient over the processes; one that is missing is so in all."""
     if ranks() == 1:
         return gradients
-    present = [gradient for gradient in gradients if gradient is not None]
-    together = torch.cat([gradient.flatten() for gradient in present])  # one exchange for all
+    means = iter(mean_over_processes([g for g in gradients if g is not None]))
+    return [None if gradient is None else next(means) for gradient in gradients]
+
+
+@torch.no_grad()
+def mean_over_processes(tensors: Sequence[Tensor]) -> list[Tensor]:
+    """The mean of each tensor over the processes of the default group, in one exchange."""
+    if not tensors:
+        return []
+    together = torch.cat([tensor.flatten() for tensor in tensors])
     distributed.all_reduce(together)
-    parts = iter((together / ranks()).split([gradient.numel() for gradient in present]))
-    return [None if g is None else next(parts).view(g.shape) for g in gradients]
+    parts = (together / distributed.get_world_size()).split([t.numel() for t in tensors])
+    return [part.view(tensor.shape) for part, tensor in zip(parts, tensors, strict=True)]
 
 
 def normal(shape: tuple[int, ...], *, device: torch.device) -> Float[Tensor, "b ..."]:

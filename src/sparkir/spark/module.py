@@ -13,7 +13,7 @@ from torch import Tensor, nn, optim
 from torch.nn.parallel import DistributedDataParallel
 
 from sparkir.errors import SparkirError
-from sparkir.spark import ranks
+from sparkir.spark import replicas
 from sparkir.spark.counterfactual import (
     Distance,
     Outputs,
@@ -135,7 +135,7 @@ class Spark(nn.Module):
     ) -> tuple[Tensor, Tensor]:
         if self._draws == 0:
             self._check_range(target)
-            ranks.share(self.weighting)
+            replicas.share(self.weighting)
         with torch.autocast(student_out.device.type, enabled=False):
             student, teacher, truth = (
                 self._unit(image) for image in (student_out, teacher_out.detach(), target.detach())
@@ -250,7 +250,7 @@ class Spark(nn.Module):
                 "learning rate or clip the gradients"
             )
         without_autocast = torch.autocast(found.device.type, enabled=False)
-        with ranks.averaged(self.weighting), torch.enable_grad(), without_autocast:
+        with replicas.averaged(self.weighting), torch.enable_grad(), without_autocast:
             return learn(found)
 
     def _is_due(self) -> bool:
@@ -267,7 +267,7 @@ class Spark(nn.Module):
     @contextmanager
     def _own_generator(self, device: torch.device) -> Iterator[None]:
         with torch.random.fork_rng([device] if device.type == "cuda" else []):
-            torch.manual_seed(self.seed + self._draws + _SEEDS_PER_RANK * ranks.rank())
+            torch.manual_seed(self.seed + self._draws + _SEEDS_PER_RANK * replicas.rank())
             self._draws += 1
             yield
 

@@ -1,13 +1,21 @@
-"""One policy in several processes: equal at the start, and moved by the mean gradient."""
+"""One policy in several processes, each with batches of its own: for the user's loop.
+
+Rightly apart from `batch`, which shares out one batch so that every figure is that of a process
+alone, and can do so because sparkir's loop made the batch. Here batches may differ in size, each
+process draws for itself, and what is kept alike is the policy, as DistributedDataParallel keeps the
+student: equal at the start, and moved by the mean gradient.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn, optim
+
+from sparkir.spark.batch import mean_over_processes
 
 
 def several() -> bool:
@@ -42,21 +50,18 @@ def averaged(module: nn.Module) -> Iterator[None]:
             handle = optimizer.register_step_pre_hook(_average_gradients)
             stack.callback(handle.remove)
         yield
-    for buffer in module.buffers():
-        if buffer.is_floating_point():
-            _average(buffer)
+    _average([buffer for buffer in module.buffers() if buffer.is_floating_point()])
 
 
 def _average_gradients(optimizer: optim.Optimizer, *_: object) -> None:
-    for group in optimizer.param_groups:
-        for parameter in group["params"]:
-            if parameter.grad is not None:
-                _average(parameter.grad)
+    parameters = [p for group in optimizer.param_groups for p in group["params"]]
+    _average([p.grad for p in parameters if p.grad is not None])
 
 
-def _average(tensor: Tensor) -> None:
-    dist.all_reduce(tensor)
-    tensor.div_(dist.get_world_size())
+@torch.no_grad()
+def _average(tensors: Sequence[Tensor]) -> None:
+    for tensor, mean in zip(tensors, mean_over_processes(tensors), strict=True):
+        tensor.copy_(mean)
 
 
 def _tensors(module: nn.Module) -> Iterator[Tensor]:
