@@ -36,6 +36,7 @@ if TYPE_CHECKING:
     from sparkir.compare.tabulate import Comparison
     from sparkir.deploy.results import Benchmark
     from sparkir.recipe import Recipe
+    from sparkir.report.scalars import Row
     from sparkir.restore.network import Restorer
     from sparkir.run import Outcome
     from sparkir.train.distribute import Devices
@@ -371,6 +372,43 @@ def bench(
     if json_file is not None:
         write_json(benchmark, json_file)
         _say(f"written: {escape(str(json_file))}")
+
+
+@app.command()
+def report(
+    runs: Annotated[
+        list[Path], typer.Argument(metavar="RUN...", help="Run folders, or folders of them.")
+    ],
+    csv: Annotated[
+        Path | None, typer.Option(help="Write the figures of every step to this file.")
+    ] = None,
+    tensorboard: Annotated[
+        bool, typer.Option("--tensorboard", help="Write TensorBoard's files into each run.")
+    ] = False,
+    follow: Annotated[
+        bool,
+        typer.Option("--follow", help="Keep them up to date until the runs are done."),
+    ] = False,
+) -> None:
+    """Say how far runs are and what they measured; as CSV or for TensorBoard, step by step."""
+    from sparkir.report.events import read_events
+    from sparkir.report.scalars import find_runs, rows_of, write_csv
+    from sparkir.report.tensorboard import FOLDER, write_tensorboard
+
+    if follow and not tensorboard:
+        raise SparkirError("--follow keeps TensorBoard's files up to date; add --tensorboard")
+    found = find_runs(runs)
+    rows = [row for run in found for row in rows_of(str(run), read_events(run / "events.jsonl"))]
+    _print_trainings(rows)
+    if csv is not None:
+        write_csv(rows, csv)
+        _say(f"written: {escape(str(csv))}")
+    if tensorboard:
+        with _following(follow=follow) as seen:
+            write_tensorboard(found, follow=follow, seen=seen)
+        for run in found:
+            _say(f"written: {escape(str(run / FOLDER))}")
+        _say(escape(f"look at them with: tensorboard --logdir {shlex.quote(str(runs[0]))}"))
 
 
 @app.command()
@@ -721,6 +759,30 @@ def _display(kind: Callable[[Progress], _Display] = _Display) -> Iterator[_Displ
     except KeyboardInterrupt:
         _say("stopped; nothing half-written was left behind", to=err)
         sys.exit(130)
+
+
+@contextmanager
+def _following(*, follow: bool) -> Iterator[Callable[[int], None]]:
+    """A bar without an end while TensorBoard's files grow; Ctrl-C ends it, which is no error."""
+    with Progress(
+        SpinnerColumn(), TextColumn("{task.description}"), console=out, disable=not follow
+    ) as progress:
+        task = progress.add_task("following; Ctrl-C ends it")
+        with suppress(KeyboardInterrupt):
+            yield lambda written: progress.update(task, description=f"{written} events")
+
+
+def _print_trainings(rows: list[Row]) -> None:
+    """The last figures of each training."""
+    last: dict[tuple[object, object], Row] = {}
+    for row in rows:
+        place = (row["run"], row["training"])
+        last[place] = last.get(place, {}) | row
+    table = Table("run", "training", "step", "loss", "PSNR dB")
+    for row in last.values():
+        figures = (f"{row[k]:.{n}f}" if k in row else "" for k, n in (("loss", 5), ("psnr_db", 3)))
+        table.add_row(*(escape(str(row[key])) for key in ("run", "training", "step")), *figures)
+    out.print(table)
 
 
 def _print_outcome(outcome: Outcome) -> None:
