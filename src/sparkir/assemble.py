@@ -392,8 +392,8 @@ def save_student(recipe: Recipe, student: nn.Module, path: Path) -> None:
     save_weights(student, path, words)
 
 
-def load_student(path: Path) -> tuple[nn.Module, Recipe]:
-    """What `save_student` wrote: the student in evaluation mode, and its recipe.
+def recipe_of_student(path: Path) -> Recipe:
+    """The recipe that a saved student was trained by.
 
     Raises:
         SparkirError: the file is no student of sparkir's, or is damaged.
@@ -406,7 +406,16 @@ def load_student(path: Path) -> tuple[nn.Module, Recipe]:
             f"{path} holds weights, but not how to build their network; for a published "
             "checkpoint give the network's name and --weights"
         )
-    recipe = from_values(json.loads(words["recipe"]), f"the recipe in {path}")
+    return from_values(json.loads(words["recipe"]), f"the recipe in {path}")
+
+
+def load_student(path: Path) -> tuple[nn.Module, Recipe]:
+    """What `save_student` wrote: the student in evaluation mode, and its recipe.
+
+    Raises:
+        SparkirError: the file is no student of sparkir's, or is damaged.
+    """
+    recipe = recipe_of_student(path)
     student = build(recipe.student.model, **recipe.student.options)
     if recipe.quant is not None:
         student = prepare(student, recipe.quant)
@@ -415,8 +424,8 @@ def load_student(path: Path) -> tuple[nn.Module, Recipe]:
         student.load_state_dict(state)
     except RuntimeError as error:
         raise SparkirError(
-            f"{path} was made by sparkir {words.get('sparkir')}, whose networks differ: "
-            + _what_differs(error)
+            f"{path} was made by sparkir {read_metadata(path).get('sparkir')}, whose networks "
+            "differ: " + _what_differs(error)
         ) from error
     return student.eval(), recipe
 

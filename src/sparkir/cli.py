@@ -375,6 +375,67 @@ def bench(
 
 
 @app.command()
+def push(
+    run_folder: Annotated[
+        Path, typer.Argument(metavar="RUN", help="A run folder, or one that was pulled.")
+    ],
+    repo: Annotated[str, typer.Argument(metavar="REPO", help="OWNER/NAME on the Hub.")],
+    licence: Annotated[
+        str, typer.Option(help="Of the model, by the Hub's name for it, such as apache-2.0.")
+    ] = "",
+    private: Annotated[
+        bool, typer.Option("--private", help="If the repository is made now, for you alone.")
+    ] = False,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Say what would be sent, and send nothing.")
+    ] = False,
+) -> None:
+    """Send a finished run's model, card, recipe and report to the Hugging Face Hub."""
+    from sparkir import publish
+
+    shipment = publish.shipment_of(run_folder, repo, licence=licence)
+    _print_files(shipment.sizes())
+    for note in shipment.notes:
+        _say(f"[yellow]note:[/] {escape(note)}", to=err)
+    if dry_run:
+        kind = "private " if private else ""
+        _say(
+            f"nothing was sent; without --dry-run, these become one commit to {escape(repo)}, a "
+            f"{kind}model repository that is made if there is none"
+        )
+        return
+    with _display() as shown:
+        address = publish.push(shipment, repo, private=private, report=shown)
+    _say(f"pushed to {escape(address)}")
+
+
+@app.command()
+def pull(
+    repo: Annotated[str, typer.Argument(metavar="REPO", help="OWNER/NAME on the Hub.")],
+    target: Annotated[Path, typer.Argument(metavar="OUT", help="A folder that is not there yet.")],
+    revision: Annotated[
+        str | None, typer.Option(help="A branch, tag or commit. Default: the newest.")
+    ] = None,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Say what would be fetched, and fetch nothing.")
+    ] = False,
+) -> None:
+    """Fetch a model that was pushed, checked against the Hub's hashes and opened once."""
+    from sparkir import publish
+
+    listing, names = publish.find_model(repo, revision=revision)
+    _print_files({name: listing.bytes_of(name) for name in names})
+    if dry_run:
+        _say(f"nothing was fetched; this is {escape(repo)} at {escape(listing.commit)}")
+        return
+    with _display() as shown:
+        said = publish.pull(listing, names, target, report=shown)
+    _say(f"{escape(repo)} at {escape(listing.commit)}, in {escape(str(target))}")
+    for line in said:
+        _say(escape(line))
+
+
+@app.command()
 def report(
     runs: Annotated[
         list[Path], typer.Argument(metavar="RUN...", help="Run folders, or folders of them.")
@@ -844,6 +905,16 @@ def _print_benchmark(benchmark: Benchmark) -> None:
     _say(escape(MEANING.format(repeats=benchmark.plan.repeats)))
     if benchmark.absent:
         _say(f"not measured: {escape('; '.join(benchmark.absent))}")
+
+
+def _print_files(sizes: dict[str, int]) -> None:
+    table = Table.grid(padding=(0, 3))
+    table.add_column()
+    table.add_column(justify="right")
+    for name, size in sizes.items():
+        table.add_row(escape(name), f"{size / 1024:,.1f} KiB")
+    table.add_row("in all", f"{sum(sizes.values()) / 1024:,.1f} KiB")
+    out.print(table)
 
 
 def _print_names(names: dict[str, str]) -> None:

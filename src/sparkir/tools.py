@@ -102,13 +102,13 @@ def open_model(
 
 def _open_run(folder: Path) -> Opened:
     """The exported file if there is one, to be measured as the run's recipe says."""
-    student = _finished_student(folder)
+    student = finished_student(folder)
     if not (folder / "student.onnx").is_file():
         return open_model(str(student))
     return replace(open_model(str(folder / "student.onnx")), recipe=load(folder / "recipe.toml"))
 
 
-def _finished_student(folder: Path) -> Path:
+def finished_student(folder: Path) -> Path:
     """The student's file in a run folder.
 
     Raises:
@@ -197,7 +197,7 @@ def export_run(
     """
     if to not in ("onnx", "executorch"):
         raise SparkirError(f"no export format {to!r}; known: onnx, executorch")
-    student, recipe = load_student(_finished_student(folder))
+    student, recipe = load_student(finished_student(folder))
     if recipe.quant is None:
         raise SparkirError(f"the student in {folder} is in floating point; export is for integers")
     pairs = open_pairs(recipe.data, data or recipe.data.test, report)
@@ -289,7 +289,7 @@ class _Benchable:
 def _benchable(path: Path) -> _Benchable:
     if path.is_dir():
         exported = path / "student.onnx"
-        found = _benchable(_finished_student(path))
+        found = _benchable(finished_student(path))
         return replace(found, exported=exported if exported.is_file() else None)
     if path.suffix == ".onnx":
         return _Benchable(facts=_card_of(path).facts, exported=path)
