@@ -31,6 +31,7 @@ from sparkir.evaluate.metrics import Convention, ssim
 from sparkir.models.checkpoint import load_weights, read_metadata, read_weights, save_weights
 from sparkir.models.facts import as_seen, facts_of
 from sparkir.models.registry import build
+from sparkir.models.spandrel import SPANDREL, recognised
 from sparkir.quant.calibrate import calibrate
 from sparkir.quant.prepare import prepare
 from sparkir.quant.spec import QuantSpec
@@ -130,7 +131,17 @@ def convention(space: Literal["y", "rgb", "grey"], scale: int) -> Convention:
 
 
 def build_network(choice: Network) -> nn.Module:
-    """A network by name, with its weights unless they are the teacher's."""
+    """A network by name, with its weights unless they are the teacher's.
+
+    Raises:
+        SparkirError: there is no such network, or the weights do not fit it.
+    """
+    if choice.model == SPANDREL:
+        if choice.options:
+            raise SparkirError(
+                f'"{SPANDREL}" finds the options in the weights; leave out {choice.options}'
+            )
+        return recognised(weights_path(choice.weights))
     network = build(choice.model, **choice.options)
     if choice.weights and choice.weights != "teacher":
         load_weights(network, weights_path(choice.weights))
@@ -151,6 +162,11 @@ def weights_path(weights: str) -> Path:
 
 def build_student(recipe: Recipe, teacher: nn.Module | None) -> nn.Module:
     """The float student, the same for every method of one seed."""
+    if recipe.student.model == SPANDREL:
+        raise SparkirError(
+            f'student.model = "{SPANDREL}": what spandrel recognises can teach, but not be '
+            "quantized; name a network of `sparkir models`, or a function of yours"
+        )
     torch.manual_seed(recipe.seed)
     student = build_network(recipe.student)
     if recipe.student.weights == "teacher":

@@ -524,8 +524,13 @@ def _check_folder(folder: Path | None, known: str | None) -> None:
 def models() -> None:
     """List the networks that can be teachers and students."""
     from sparkir.models.registry import available
+    from sparkir.models.spandrel import SPANDREL
 
-    _print_names(available())
+    others = {
+        "PACKAGE.MODULE:FUNCTION": "what a function of yours returns",
+        SPANDREL: "a teacher: whatever the package spandrel recognises in its checkpoint",
+    }
+    _print_names(available() | others)
 
 
 @app.command()
