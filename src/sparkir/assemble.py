@@ -29,7 +29,7 @@ from sparkir.errors import SparkirError
 from sparkir.evaluate.infer import device_of, evaluating
 from sparkir.evaluate.metrics import Convention, ssim
 from sparkir.models.checkpoint import load_weights, read_metadata, read_weights, save_weights
-from sparkir.models.facts import as_seen, facts_of
+from sparkir.models.facts import as_seen, facts_of, smallest_px
 from sparkir.models.registry import build
 from sparkir.models.spandrel import SPANDREL, recognised
 from sparkir.quant.calibrate import calibrate
@@ -300,6 +300,10 @@ def gather(recipe: Recipe, report: Report = silent) -> Materials:
     train_pairs = open_pairs(recipe.data, recipe.data.train, report, split="train")
     test_pairs = open_pairs(recipe.data, recipe.data.test, report)
     require_measurable(test_pairs, convention_of(recipe))
+    _require_sizes("student", student, recipe.data.patch_px, test_pairs)
+    if teacher is not None:
+        measured = test_pairs if "teacher" in recipe.baselines else None
+        _require_sizes("teacher", teacher, recipe.data.patch_px, measured)
     materials = Materials(
         train=train_pairs,
         test=test_pairs,
@@ -368,6 +372,21 @@ def _require_channels(data: Data, student: nn.Module, teacher: nn.Module | None)
             f"the teacher {theirs.name} restores luma of {theirs.luma_range} range, which the "
             f"student {own.name} does not; choose networks that restore the same"
         )
+
+
+def _require_sizes(role: str, network: nn.Module, patch_px: int, tested: PairStore | None) -> None:
+    """Stop now if the crops or the images to be measured are smaller than the network can take."""
+    facts = facts_of(network)
+    sizes = {f"data.patch_px = {patch_px}": (patch_px, patch_px)}
+    if tested is not None:
+        sizes |= {f"test image {n}": tested.lq_size(i) for i, n in enumerate(tested.names)}
+    for what, (height, width) in sizes.items():
+        least = smallest_px(facts, height, width)
+        if min(height, width) < least:
+            raise SparkirError(
+                f"{what} is too small ({height}x{width} px): the {role} {facts.name} needs at "
+                f"least {least} px; take a larger one"
+            )
 
 
 def require_measurable(pairs: PairStore, convention: Convention) -> None:

@@ -11,7 +11,9 @@ from helpers import call, photo, save_image, write_recipe
 from sparkir import recipe
 from sparkir.assemble import gather
 from sparkir.errors import SparkirError
+from sparkir.models.checkpoint import load_weights
 from sparkir.models.facts import restore
+from sparkir.models.registry import build
 from sparkir.models.spandrel import recognised
 from sparkir.teacher import teacher_outputs
 
@@ -190,6 +192,18 @@ def test_weights_that_are_not_good(saved, wrap, says):
     with pytest.raises(SparkirError, match=says) as caught:
         recognised(saved("Compact", wrap=wrap))
     assert "\n" not in str(caught.value)
+
+
+@needs_spandrel
+@pytest.mark.data
+def test_published_weights_restore_as_by_the_network_that_is_here(development_data):
+    path = development_data / "weights/DnCNN/KAIR_dncnn_25.pth"
+    ours = build("dncnn")
+    load_weights(ours, path)
+    noisy = torch.rand(1, 1, 40, 40)
+    with torch.no_grad():
+        expected = ours.eval()(noisy).clamp(0, 1)
+    torch.testing.assert_close(recognised(path)(noisy), expected, rtol=0, atol=2e-6)
 
 
 def test_a_network_by_this_name_alone_cannot_be_built(project):
