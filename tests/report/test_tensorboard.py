@@ -5,6 +5,7 @@ import json
 import shutil
 import threading
 import time
+from contextlib import closing
 
 import pytest
 from test_scalars import RESUMED, stage, step, stream
@@ -65,7 +66,7 @@ def test_again_is_the_same_and_no_second_curve(finished, tmp_path):
 
 @needs_tensorboard
 def test_what_a_resume_undid_is_gone(tmp_path):
-    with TensorBoardLog(tmp_path) as log:
+    with closing(TensorBoardLog(tmp_path)) as log:
         for event in RESUMED:
             log(event)
     assert losses(tmp_path / "qat") == {1: 1.0, 2: 2.0, 3: 3.0}

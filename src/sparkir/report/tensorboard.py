@@ -7,10 +7,9 @@ import re
 import shutil
 import time
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, closing
 from pathlib import Path
-from types import TracebackType
-from typing import TYPE_CHECKING, Any, Self
+from typing import TYPE_CHECKING, Any
 
 from sparkir.errors import SparkirError
 from sparkir.report.events import EventTail
@@ -88,15 +87,8 @@ class TensorBoardLog:
         for writer in self._writers.values():
             writer.flush()
 
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def close(self) -> None:
+        """Write what is left."""
         for writer in self._writers.values():
             writer.close()
 
@@ -125,7 +117,7 @@ def write_tensorboard(
             if (run / FOLDER).exists():
                 shutil.rmtree(run / FOLDER)
         with ExitStack() as held:
-            logs = [held.enter_context(TensorBoardLog(run / FOLDER)) for run in runs]
+            logs = [held.enter_context(closing(TensorBoardLog(run / FOLDER))) for run in runs]
             tails = [EventTail(run / "events.jsonl") for run in runs]
             while True:
                 for tail, log in zip(tails, logs, strict=True):
