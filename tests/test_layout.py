@@ -24,7 +24,7 @@ PATH = [
     "restore",
 ]
 # These stand above all folders and wire them.
-ABOVE = {"cli", "run", "recipe", "assemble", "measure", "export", "teacher", "tools"}
+ABOVE = {"cli", "run", "recipe", "assemble", "measure", "export", "teacher", "tools", "publish"}
 ABOVE_ALL = "compare"  # a folder that stands above these, too
 
 

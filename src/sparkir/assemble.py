@@ -29,8 +29,9 @@ from sparkir.errors import SparkirError
 from sparkir.evaluate.infer import device_of, evaluating
 from sparkir.evaluate.metrics import Convention, ssim
 from sparkir.models.checkpoint import load_weights, read_metadata, read_weights, save_weights
-from sparkir.models.facts import as_seen, facts_of
+from sparkir.models.facts import as_seen, facts_of, smallest_px
 from sparkir.models.registry import build
+from sparkir.models.spandrel import SPANDREL, recognised
 from sparkir.quant.calibrate import calibrate
 from sparkir.quant.prepare import prepare
 from sparkir.quant.spec import QuantSpec
@@ -130,7 +131,17 @@ def convention(space: Literal["y", "rgb", "grey"], scale: int) -> Convention:
 
 
 def build_network(choice: Network) -> nn.Module:
-    """A network by name, with its weights unless they are the teacher's."""
+    """A network by name, with its weights unless they are the teacher's.
+
+    Raises:
+        SparkirError: there is no such network, or the weights do not fit it.
+    """
+    if choice.model == SPANDREL:
+        if choice.options:
+            raise SparkirError(
+                f'"{SPANDREL}" finds the options in the weights; leave out {choice.options}'
+            )
+        return recognised(weights_path(choice.weights))
     network = build(choice.model, **choice.options)
     if choice.weights and choice.weights != "teacher":
         load_weights(network, weights_path(choice.weights))
@@ -151,6 +162,11 @@ def weights_path(weights: str) -> Path:
 
 def build_student(recipe: Recipe, teacher: nn.Module | None) -> nn.Module:
     """The float student, the same for every method of one seed."""
+    if recipe.student.model == SPANDREL:
+        raise SparkirError(
+            f'student.model = "{SPANDREL}": what spandrel recognises can teach, but not be '
+            "quantized; name a network of `sparkir models`, or a function of yours"
+        )
     torch.manual_seed(recipe.seed)
     student = build_network(recipe.student)
     if recipe.student.weights == "teacher":
@@ -284,6 +300,10 @@ def gather(recipe: Recipe, report: Report = silent) -> Materials:
     train_pairs = open_pairs(recipe.data, recipe.data.train, report, split="train")
     test_pairs = open_pairs(recipe.data, recipe.data.test, report)
     require_measurable(test_pairs, convention_of(recipe))
+    _require_sizes("student", student, recipe.data.patch_px, test_pairs)
+    if teacher is not None:
+        measured = test_pairs if "teacher" in recipe.baselines else None
+        _require_sizes("teacher", teacher, recipe.data.patch_px, measured)
     materials = Materials(
         train=train_pairs,
         test=test_pairs,
@@ -354,6 +374,21 @@ def _require_channels(data: Data, student: nn.Module, teacher: nn.Module | None)
         )
 
 
+def _require_sizes(role: str, network: nn.Module, patch_px: int, tested: PairStore | None) -> None:
+    """Stop now if the crops or the images to be measured are smaller than the network can take."""
+    facts = facts_of(network)
+    sizes = {f"data.patch_px = {patch_px}": (patch_px, patch_px)}
+    if tested is not None:
+        sizes |= {f"test image {n}": tested.lq_size(i) for i, n in enumerate(tested.names)}
+    for what, (height, width) in sizes.items():
+        least = smallest_px(facts, height, width)
+        if min(height, width) < least:
+            raise SparkirError(
+                f"{what} is too small ({height}x{width} px): the {role} {facts.name} needs at "
+                f"least {least} px; take a larger one"
+            )
+
+
 def require_measurable(pairs: PairStore, convention: Convention) -> None:
     """Stop now if the smallest image leaves nothing to measure."""
     smallest = min(range(len(pairs)), key=lambda index: min(pairs.lq_size(index)))
@@ -392,8 +427,8 @@ def save_student(recipe: Recipe, student: nn.Module, path: Path) -> None:
     save_weights(student, path, words)
 
 
-def load_student(path: Path) -> tuple[nn.Module, Recipe]:
-    """What `save_student` wrote: the student in evaluation mode, and its recipe.
+def recipe_of_student(path: Path) -> Recipe:
+    """The recipe that a saved student was trained by.
 
     Raises:
         SparkirError: the file is no student of sparkir's, or is damaged.
@@ -406,7 +441,16 @@ def load_student(path: Path) -> tuple[nn.Module, Recipe]:
             f"{path} holds weights, but not how to build their network; for a published "
             "checkpoint give the network's name and --weights"
         )
-    recipe = from_values(json.loads(words["recipe"]), f"the recipe in {path}")
+    return from_values(json.loads(words["recipe"]), f"the recipe in {path}")
+
+
+def load_student(path: Path) -> tuple[nn.Module, Recipe]:
+    """What `save_student` wrote: the student in evaluation mode, and its recipe.
+
+    Raises:
+        SparkirError: the file is no student of sparkir's, or is damaged.
+    """
+    recipe = recipe_of_student(path)
     student = build(recipe.student.model, **recipe.student.options)
     if recipe.quant is not None:
         student = prepare(student, recipe.quant)
@@ -415,8 +459,8 @@ def load_student(path: Path) -> tuple[nn.Module, Recipe]:
         student.load_state_dict(state)
     except RuntimeError as error:
         raise SparkirError(
-            f"{path} was made by sparkir {words.get('sparkir')}, whose networks differ: "
-            + _what_differs(error)
+            f"{path} was made by sparkir {read_metadata(path).get('sparkir')}, whose networks "
+            "differ: " + _what_differs(error)
         ) from error
     return student.eval(), recipe
 

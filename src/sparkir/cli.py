@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from sparkir.compare.tabulate import Comparison
     from sparkir.deploy.results import Benchmark
     from sparkir.recipe import Recipe
+    from sparkir.report.scalars import Row
     from sparkir.restore.network import Restorer
     from sparkir.run import Outcome
     from sparkir.train.distribute import Devices
@@ -363,6 +364,104 @@ def bench(
 
 
 @app.command()
+def push(
+    run_folder: Annotated[
+        Path, typer.Argument(metavar="RUN", help="A run folder, or one that was pulled.")
+    ],
+    repo: Annotated[str, typer.Argument(metavar="REPO", help="OWNER/NAME on the Hub.")],
+    licence: Annotated[
+        str, typer.Option(help="Of the model, by the Hub's name for it, such as apache-2.0.")
+    ] = "",
+    private: Annotated[
+        bool, typer.Option("--private", help="If the repository is made now, for you alone.")
+    ] = False,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Say what would be sent, and send nothing.")
+    ] = False,
+) -> None:
+    """Send a finished run's model, card, recipe and report to the Hugging Face Hub."""
+    from sparkir import publish
+
+    shipment = publish.shipment_of(run_folder, repo, licence=licence)
+    _print_files(shipment.sizes())
+    for note in shipment.notes:
+        _say(f"[yellow]note:[/] {escape(note)}", to=err)
+    if dry_run:
+        kind = "private " if private else ""
+        _say(
+            f"nothing was sent; without --dry-run, these become one commit to {escape(repo)}, a "
+            f"{kind}model repository that is made if there is none"
+        )
+        return
+    with _display() as shown:
+        address = publish.push(shipment, repo, private=private, report=shown)
+    _say(f"pushed to {escape(address)}")
+
+
+@app.command()
+def pull(
+    repo: Annotated[str, typer.Argument(metavar="REPO", help="OWNER/NAME on the Hub.")],
+    target: Annotated[Path, typer.Argument(metavar="OUT", help="A folder that is not there yet.")],
+    revision: Annotated[
+        str | None, typer.Option(help="A branch, tag or commit. Default: the newest.")
+    ] = None,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Say what would be fetched, and fetch nothing.")
+    ] = False,
+) -> None:
+    """Fetch a model that was pushed, checked against the Hub's hashes and opened once."""
+    from sparkir import publish
+
+    listing, names = publish.find_model(repo, revision=revision)
+    _print_files({name: listing.bytes_of(name) for name in names})
+    if dry_run:
+        _say(f"nothing was fetched; this is {escape(repo)} at {escape(listing.commit)}")
+        return
+    with _display() as shown:
+        said = publish.pull(listing, names, target, report=shown)
+    _say(f"{escape(repo)} at {escape(listing.commit)}, in {escape(str(target))}")
+    for line in said:
+        _say(escape(line))
+
+
+@app.command()
+def report(
+    runs: Annotated[
+        list[Path], typer.Argument(metavar="RUN...", help="Run folders, or folders of them.")
+    ],
+    csv: Annotated[
+        Path | None, typer.Option(help="Write the figures of every step to this file.")
+    ] = None,
+    tensorboard: Annotated[
+        bool, typer.Option("--tensorboard", help="Write TensorBoard's files into each run.")
+    ] = False,
+    follow: Annotated[
+        bool,
+        typer.Option("--follow", help="Keep them up to date until the runs are done."),
+    ] = False,
+) -> None:
+    """Say how far runs are and what they measured; as CSV or for TensorBoard, step by step."""
+    from sparkir.report.events import read_events
+    from sparkir.report.scalars import find_runs, rows_of, write_csv
+    from sparkir.report.tensorboard import FOLDER, write_tensorboard
+
+    if follow and not tensorboard:
+        raise SparkirError("--follow keeps TensorBoard's files up to date; add --tensorboard")
+    found = find_runs(runs)
+    rows = [row for run in found for row in rows_of(str(run), read_events(run / "events.jsonl"))]
+    _print_trainings(rows)
+    if csv is not None:
+        write_csv(rows, csv)
+        _say(f"written: {escape(str(csv))}")
+    if tensorboard:
+        with _following(follow=follow) as seen:
+            write_tensorboard(found, follow=follow, seen=seen)
+        for run in found:
+            _say(f"written: {escape(str(run / FOLDER))}")
+        _say(escape(f"look at them with: tensorboard --logdir {shlex.quote(str(runs[0]))}"))
+
+
+@app.command()
 def check(
     recipe: Annotated[
         str | None, typer.Argument(help="A recipe file, or a name from `sparkir recipes`.")
@@ -414,8 +513,13 @@ def _check_folder(folder: Path | None, known: str | None) -> None:
 def models() -> None:
     """List the networks that can be teachers and students."""
     from sparkir.models.registry import available
+    from sparkir.models.spandrel import SPANDREL
 
-    _print_names(available())
+    others = {
+        "PACKAGE.MODULE:FUNCTION": "what a function of yours returns",
+        SPANDREL: "a teacher: whatever the package spandrel recognises in its checkpoint",
+    }
+    _print_names(available() | others)
 
 
 @app.command()
@@ -558,6 +662,30 @@ def _display(kind: Callable[[Progress, Console], Display] = Display) -> Iterator
         sys.exit(130)
 
 
+@contextmanager
+def _following(*, follow: bool) -> Iterator[Callable[[int], None]]:
+    """A bar without an end while TensorBoard's files grow; Ctrl-C ends it, which is no error."""
+    with Progress(
+        SpinnerColumn(), TextColumn("{task.description}"), console=out, disable=not follow
+    ) as progress:
+        task = progress.add_task("following; Ctrl-C ends it")
+        with suppress(KeyboardInterrupt):
+            yield lambda written: progress.update(task, description=f"{written} events")
+
+
+def _print_trainings(rows: list[Row]) -> None:
+    """The last figures of each training."""
+    last: dict[tuple[object, object], Row] = {}
+    for row in rows:
+        place = (row["run"], row["training"])
+        last[place] = last.get(place, {}) | row
+    table = Table("run", "training", "step", "loss", "PSNR dB")
+    for row in last.values():
+        figures = (f"{row[k]:.{n}f}" if k in row else "" for k, n in (("loss", 5), ("psnr_db", 3)))
+        table.add_row(*(escape(str(row[key])) for key in ("run", "training", "step")), *figures)
+    out.print(table)
+
+
 def _print_outcome(outcome: Outcome) -> None:
     from sparkir.report.table import HEADER, cells
 
@@ -617,6 +745,16 @@ def _print_benchmark(benchmark: Benchmark) -> None:
     _say(escape(MEANING.format(repeats=benchmark.plan.repeats)))
     if benchmark.absent:
         _say(f"not measured: {escape('; '.join(benchmark.absent))}")
+
+
+def _print_files(sizes: dict[str, int]) -> None:
+    table = Table.grid(padding=(0, 3))
+    table.add_column()
+    table.add_column(justify="right")
+    for name, size in sizes.items():
+        table.add_row(escape(name), f"{size / 1024:,.1f} KiB")
+    table.add_row("in all", f"{sum(sizes.values()) / 1024:,.1f} KiB")
+    out.print(table)
 
 
 def _print_names(names: dict[str, str]) -> None:

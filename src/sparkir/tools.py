@@ -17,6 +17,7 @@ from torch.fx import GraphModule
 
 from sparkir.assemble import (
     Report,
+    build_network,
     convention,
     convention_of,
     gather,
@@ -48,12 +49,12 @@ from sparkir.evaluate.infer import device_of, evaluating
 from sparkir.evaluate.metrics import Convention
 from sparkir.export import export_onnx
 from sparkir.measure import parity_images
-from sparkir.models.checkpoint import load_weights
 from sparkir.models.facts import ModelFacts, facts_of
 from sparkir.models.registry import available, build
+from sparkir.models.spandrel import SPANDREL
 from sparkir.quant.prepare import placement_of
 from sparkir.quant.reference import freeze
-from sparkir.recipe import Data, Recipe, load, with_overrides
+from sparkir.recipe import Data, Network, Recipe, load, with_overrides
 from sparkir.restore.network import Restorer
 
 _SPACES: dict[str, Literal["y", "rgb", "grey"]] = {"y": "y", "rgb": "rgb", "grey": "grey"}
@@ -102,13 +103,13 @@ def open_model(
 
 def _open_run(folder: Path) -> Opened:
     """The exported file if there is one, to be measured as the run's recipe says."""
-    student = _finished_student(folder)
+    student = finished_student(folder)
     if not (folder / "student.onnx").is_file():
         return open_model(str(student))
     return replace(open_model(str(folder / "student.onnx")), recipe=load(folder / "recipe.toml"))
 
 
-def _finished_student(folder: Path) -> Path:
+def finished_student(folder: Path) -> Path:
     """The student's file in a run folder.
 
     Raises:
@@ -122,16 +123,18 @@ def _finished_student(folder: Path) -> Path:
 
 
 def _open_by_name(name: str, weights: Path | None, options: Mapping[str, Any]) -> Opened:
+    known = name in available() or ":" in name or name == SPANDREL
+    if known and weights is None:
+        raise SparkirError(f"the network {name} has no weights yet; add --weights FILE")
+    choice = Network(model=name, options=dict(options), weights=str(weights or ""))
     try:
-        network = build(name, **options)
+        network = build_network(choice)
     except SparkirError as error:
-        if name in available() or ":" in name:
+        if known:
             raise
         raise SparkirError(f"there is no run or file {name}, and {error}") from error
-    if weights is None:
-        raise SparkirError(f"the network {name} has no weights yet; add --weights FILE")
-    load_weights(network, weights)
-    return Opened(network=network.eval(), label=f"{name} with {weights}")
+    label = facts_of(network).name if name == SPANDREL else name
+    return Opened(network=network.eval(), label=f"{label} with {weights}")
 
 
 def evaluation_setup(
@@ -197,7 +200,7 @@ def export_run(
     """
     if to not in ("onnx", "executorch"):
         raise SparkirError(f"no export format {to!r}; known: onnx, executorch")
-    student, recipe = load_student(_finished_student(folder))
+    student, recipe = load_student(finished_student(folder))
     if recipe.quant is None:
         raise SparkirError(f"the student in {folder} is in floating point; export is for integers")
     pairs = open_pairs(recipe.data, data or recipe.data.test, report)
@@ -289,7 +292,7 @@ class _Benchable:
 def _benchable(path: Path) -> _Benchable:
     if path.is_dir():
         exported = path / "student.onnx"
-        found = _benchable(_finished_student(path))
+        found = _benchable(finished_student(path))
         return replace(found, exported=exported if exported.is_file() else None)
     if path.suffix == ".onnx":
         return _Benchable(facts=_card_of(path).facts, exported=path)

@@ -87,6 +87,12 @@ def test_a_users_function_gets_its_options_and_facts():
 
 
 @pytest.mark.usefixtures("user_module")
+def test_an_option_may_be_called_name():
+    sys.modules["their_networks"].chosen = lambda name: nn.Conv2d(3, len(name), 3)
+    assert build("their_networks:chosen", name="four", facts=FACTS).out_channels == 4
+
+
+@pytest.mark.usefixtures("user_module")
 def test_a_users_function_may_set_the_facts_itself():
     assert build("their_networks:with_facts", facts=FACTS).facts.name == "own"
 

@@ -53,17 +53,30 @@ def load_weights(network: nn.Module, path: Path) -> None:
 
 def read_weights(path: Path) -> dict[str, Tensor]:
     """Return the weights of a checkpoint file by name, on the CPU; see :func:`load_weights`."""
+    state = _strip_prefixes(_unnest(read_checkpoint(path), path))
+    require_finite(state, path)
+    return state
+
+
+def read_checkpoint(path: Path) -> Mapping[str, Any]:
+    """Return what a checkpoint file holds, nested as it is; nothing in it is executed.
+
+    Raises:
+        SparkirError: the file is missing, damaged, or holds more than plain tensors and values.
+    """
     if not path.is_file():
         raise SparkirError(f"no weights at {path}; check the path")
-    content = _read_safetensors(path) if path.suffix == ".safetensors" else _read_torch(path)
-    state = _strip_prefixes(_unnest(content, path))
+    return _read_safetensors(path) if path.suffix == ".safetensors" else _read_torch(path)
+
+
+def require_finite(state: Mapping[str, Tensor], path: Path) -> None:
+    """Raise SparkirError, which speaks of `path`, if a value is NaN or infinite."""
     for name, tensor in state.items():
         if tensor.is_floating_point() and not bool(tensor.isfinite().all()):
             raise SparkirError(
                 f"{path}: {name} holds NaN or infinite values; "
                 "the training diverged, use an earlier checkpoint"
             )
-    return state
 
 
 def read_metadata(path: Path) -> dict[str, str]:

@@ -142,6 +142,15 @@ def restore(network: nn.Module, lq: Float[Tensor, "b c h w"]) -> Float[Tensor, "
     return cropped / facts.value_range
 
 
+def smallest_px(facts: ModelFacts, height: int, width: int) -> int:
+    """The side that an image of this height and width must have at least to be restored.
+
+    Reflection repeats no edge pixel, so it can add at most one pixel less than there are.
+    """
+    multiple = facts.size_multiple
+    return max(facts.min_size_px, -height % multiple + 1, -width % multiple + 1)
+
+
 def _pad_to_multiple(lq: Tensor, facts: ModelFacts) -> Tensor:
     channels, height, width = lq.shape[-3:]
     if channels != facts.channels:
@@ -149,8 +158,7 @@ def _pad_to_multiple(lq: Tensor, facts: ModelFacts) -> Tensor:
             f"{facts.name} restores {facts.channels}-channel images, but got {channels} channels"
         )
     bottom, right = -height % facts.size_multiple, -width % facts.size_multiple
-    # Reflection repeats no edge pixel, so it can add at most one pixel less than there are.
-    smallest = max(facts.min_size_px, bottom + 1, right + 1)
+    smallest = smallest_px(facts, height, width)
     if min(height, width) < smallest:
         raise SparkirError(
             f"{facts.name} needs images of at least {smallest} x {smallest} px, "

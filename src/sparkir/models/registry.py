@@ -60,7 +60,7 @@ def available() -> dict[str, str]:
     return {name: _ENTRIES[name].description for name in sorted(_ENTRIES)}
 
 
-def build(name: str, **options: Any) -> nn.Module:  # noqa: ANN401 - they come from a recipe
+def build(name: str, /, **options: Any) -> nn.Module:  # noqa: ANN401 - they come from a recipe
     """Return a new network with fresh weights; it carries ``facts``.
 
     Args:

@@ -71,3 +71,30 @@ def read_events(path: Path) -> list[dict[str, Any]]:
         except json.JSONDecodeError:
             break
     return events
+
+
+class EventTail:
+    """Reads a stream that may be growing, from its beginning."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self._read_bytes = 0
+
+    def read(self) -> list[dict[str, Any]]:
+        """The events written since the last call, whole lines only.
+
+        Raises:
+            SparkirError: the stream is gone, or a line of it is no event.
+        """
+        try:
+            with self.path.open("rb") as file:
+                file.seek(self._read_bytes)
+                new = file.read()
+        except OSError as error:
+            raise SparkirError(f"cannot read the event stream {self.path}: {error}") from error
+        new = new[: new.rfind(b"\n") + 1]
+        self._read_bytes += len(new)
+        try:
+            return [json.loads(line) for line in new.splitlines()]
+        except ValueError as error:
+            raise SparkirError(f"{self.path} is damaged: {error}") from error
