@@ -59,7 +59,8 @@ def main() -> None:
             note(f"run flipped and flipped back, and run, {name}", turned, ran)
             note(f"stored and truth, {name}", stored, truth)
             note(f"run and truth, {name}", ran, truth)
-    print(f"{recipe.name}: {teacher.facts.name}, crops of {recipe.data.patch_px} px, dB RGB")
+    print(f"{recipe.name}: {teacher.facts.name}, crops of {recipe.data.patch_px} px, dB RGB;")
+    print(f"torch {torch.__version__}, {torch.backends.cpu.get_cpu_capability()}, one thread\n")
     print("| between | whole crop | inner part |\n|---|---:|---:|")
     for name, found in rows.items():
         whole, middle = np.mean(found, axis=0)
