@@ -1,13 +1,14 @@
 """Folders as the sets' authors lay them out, of a few tiny images each."""
 
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
 from scipy.io import savemat
 
 from sparkir.data.blocks import CLEAN, NOISY, count_blocks, read_blocks
-from sparkir.data.layouts import clean_images, holds_pairs, pair_files, part_of
+from sparkir.data.layouts import clean_images, holds_pairs, pair_files, part_of, set_name
 from sparkir.data.pairs import PairStore
 from sparkir.errors import SparkirError
 
@@ -227,3 +228,16 @@ class TestBlocks:
         savemat(tmp_path / NOISY, {NOISY.removesuffix(".mat"): values})
         with pytest.raises(SparkirError, match="does not hold ValidationNoisyBlocksSrgb"):
             read_blocks(tmp_path / NOISY)
+
+
+@pytest.mark.parametrize(
+    ("folder", "name"),
+    [
+        ("data/Set14/HR", "Set14"),
+        ("data/Set14", "Set14"),
+        ("HR", "HR"),
+        ("B100/image_SRF_4", "B100"),
+    ],
+)
+def test_a_set_is_called_as_its_folder_or_the_one_around(folder, name):
+    assert set_name(Path(folder)) == name

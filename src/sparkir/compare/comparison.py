@@ -16,6 +16,7 @@ from sparkir.compare.methods import Method, find, recipe_of, requirements
 from sparkir.compare.tabulate import Comparison, tabulate
 from sparkir.compare.workers import run_parallel
 from sparkir.compare.workspace import Workspace
+from sparkir.data.layouts import set_name
 from sparkir.errors import SparkirError
 from sparkir.recipe import Recipe, changed, differences, load
 from sparkir.run import claim
@@ -86,7 +87,7 @@ def sets_of(recipe: Recipe, more: Sequence[str]) -> dict[str, str]:
     Raises:
         SparkirError: one is not of the form NAME=DIR, or two have the same name.
     """
-    own = re.sub(r"[^\w.-]+", "-", Path(recipe.data.test).name) or "test"
+    own = re.sub(r"[^\w.-]+", "-", set_name(Path(recipe.data.test))) or "test"
     sets = {own: recipe.data.test}
     for text in more:
         name, _, where = text.partition("=")

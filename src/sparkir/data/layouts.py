@@ -66,6 +66,12 @@ _MARKS = (
 _DEGRADED_INSIDE = "rainy"  # where Rain100L and Rain100H keep the degraded images of marked pairs
 
 
+def set_name(folder: Path) -> str:
+    """What a set of images is called: as its folder, but `Set14` where that is `Set14/HR`."""
+    inner = folder.name in _CLEAN_INSIDE and folder.parent.name
+    return inner or folder.name
+
+
 def part_of(folder: Path, split: Split) -> Path | None:
     """The folder that holds a part of the set in ``folder``: itself or one inside; None if none."""
     for name in ("", *PARTS[split], *_CLEAN_INSIDE):
