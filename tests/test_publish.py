@@ -11,6 +11,7 @@ import sys
 from pathlib import Path
 
 import numpy as np
+import onnx
 import pytest
 import torch
 
@@ -18,6 +19,7 @@ from helpers import IN_FLOAT, call, contents, load_image, write_recipe
 from hub_server import TOKEN, Repo, running
 from sparkir import publish, recipe
 from sparkir.assemble import load_student, save_student
+from sparkir.deploy.card import read_card
 from sparkir.models.checkpoint import load_weights, read_metadata, read_weights, save_weights
 from sparkir.models.registry import build
 
@@ -388,6 +390,24 @@ def test_a_model_that_does_not_open_is_refused(run, hub, tmp_path):
     push_files(hub, run, {"recipe.toml": other})
     said = call("pull", REPO, tmp_path / "out")
     assert "recipe.toml is not the student's: train.steps: 99 -> 12" in said.err
+
+
+@needs_hub
+def test_an_exported_file_of_another_network_is_refused(run, hub, tmp_path):
+    model = onnx.load(run / "student.onnx")
+    card = {entry.key: entry.value for entry in model.metadata_props}
+    onnx.helper.set_model_props(model, card | {"facts": card["facts"].replace("255.0", "1.0")})
+    push_files(hub, run, {"student.onnx": model.SerializeToString()})
+    said = call("pull", REPO, tmp_path / "out")
+    assert said.code == 1
+    assert "student.onnx and student.safetensors are of different networks" in said.err
+
+
+def test_a_student_says_its_facts_to_everybody(run):
+    words = read_metadata(run / "student.safetensors")
+    student, _ = load_student(run / "student.safetensors")
+    assert read_card(words, "student").facts == student.facts
+    assert json.loads(words["facts"])["value_range"] == 255.0
 
 
 @needs_hub

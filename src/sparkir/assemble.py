@@ -9,7 +9,7 @@ import os
 import re
 import textwrap
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from importlib import metadata, resources
 from pathlib import Path
 from typing import Any, Literal, cast
@@ -418,10 +418,14 @@ def network_hash(network: nn.Module) -> str:
 
 
 def save_student(recipe: Recipe, student: nn.Module, path: Path) -> None:
-    """Weights and grids of a trained student, with all that is needed to build it again."""
+    """Weights and grids of a trained student, with its facts and all that builds it again.
+
+    The facts are for whoever reads the file without sparkir; they are as in an exported one's card.
+    """
     words = {
         "format": "sparkir student 1",
         "sparkir": metadata.version("sparkir"),
+        "facts": json.dumps(asdict(facts_of(student))),
         "recipe": json.dumps(recipe.model_dump(mode="json")),
     }
     save_weights(student, path, words)

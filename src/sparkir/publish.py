@@ -11,12 +11,13 @@ from typing import Any
 from sparkir.assemble import Report, load_student, recipe_of_student, silent
 from sparkir.data.atomic import atomic_folder
 from sparkir.data.codec import one_line
-from sparkir.deploy.card import Card
+from sparkir.deploy.card import Card, read_card
 from sparkir.deploy.hub import Listing, download, list_files, require_repo_name, upload
 from sparkir.deploy.hub_card import hub_readme
 from sparkir.deploy.session import installed
 from sparkir.errors import SparkirError
-from sparkir.models.facts import facts_of
+from sparkir.models.checkpoint import read_metadata
+from sparkir.models.facts import ModelFacts, facts_of
 from sparkir.recipe import Recipe, differences, load
 from sparkir.tools import finished_student, open_model
 
@@ -190,8 +191,16 @@ def _opened(files: Path, folder: Path) -> list[str]:
         load_student(files / "student.safetensors")
         said += _uses(recipe, folder)
     if (files / "student.onnx").is_file() and installed("onnxruntime"):
-        open_model(str(files / "student.onnx"))
+        exported = facts_of(open_model(str(files / "student.onnx")).network)
+        _require_same_facts(exported, files / "student.safetensors")
     return said
+
+
+def _require_same_facts(exported: ModelFacts, student: Path) -> None:
+    """Raise SparkirError if an exported file is of another network than the student's file."""
+    words = read_metadata(student)
+    if "facts" in words and read_card(words, str(student)).facts != exported:
+        raise SparkirError("student.onnx and student.safetensors are of different networks")
 
 
 def _uses(recipe: Recipe, folder: Path) -> list[str]:

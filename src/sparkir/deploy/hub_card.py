@@ -63,7 +63,7 @@ def _tags(card: Card, *, onnx: bool) -> Sequence[str]:
     task = "super-resolution" if card.facts.scale > 1 else "image-restoration"
     tags = [task, card.facts.name]
     if card.quantization != "float":
-        tags += ["quantization", "distillation", card.quantization.lower()]
+        tags += ["quantization", card.quantization.lower()]
     return [*tags, "onnx"] if onnx else tags
 
 
