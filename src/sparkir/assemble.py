@@ -184,10 +184,15 @@ def build_student(recipe: Recipe, teacher: nn.Module | None) -> nn.Module:
 def quantize_student(student: nn.Module, spec: QuantSpec, crops: list[Tensor]) -> nn.Module:
     """The student with its grids in place, set by `crops` (B, C, H, W) in [0, 1]."""
     prepared = prepare(student, spec)
-    device, facts = device_of(student), facts_of(student)
+    calibrate_student(prepared, spec, crops)
+    return prepared
+
+
+def calibrate_student(prepared: nn.Module, spec: QuantSpec, crops: list[Tensor]) -> None:
+    """Set the grids of a prepared student, as it is now, by `crops` (B, C, H, W) in [0, 1]."""
+    device, facts = device_of(prepared), facts_of(prepared)
     seen = (as_seen(crop.to(device), facts) * facts.value_range for crop in crops)
     calibrate(prepared, seen, method=spec.calibration)
-    return prepared
 
 
 def device_for(recipe: Recipe) -> torch.device:
@@ -290,6 +295,12 @@ def gather(recipe: Recipe, report: Report = silent) -> Materials:
     """
     weighting_of(recipe.weighting)
     _require_weights(recipe)
+    if recipe.quant is not None and not recipe.student.weights and not recipe.train.float_steps:
+        message = (
+            "the student starts from fresh weights, and its grids are set to what those compute; "
+            "give student.weights, or set train.float_steps"
+        )
+        report({"kind": "warning", "message": message})
     device = device_for(recipe)
     teacher = None if recipe.teacher is None else build_network(recipe.teacher).eval()
     student = build_student(recipe, teacher).to(device)

@@ -165,6 +165,9 @@ class Train(_Section):
     """Falls to 1 %, halves at every quarter, or stays."""
     warmup: Annotated[int, Field(ge=0, strict=True)] = 0
     """Steps over which the rate rises."""
+    float_steps: Annotated[int, Field(ge=0, strict=True)] = 0
+    """Steps in floating point before the grids are set and rounding begins, for students of fresh
+    weights: grids that are set to what those compute hold nothing else."""
     ema: Annotated[float, Field(ge=0, lt=1)] = 0.0
     """Decay of the moving average that becomes the result; 0 for none."""
     clip_norm: Annotated[float, Field(ge=0)] = 0.0
@@ -234,6 +237,10 @@ class Recipe(_Section):
             raise ValueError('metric = "grey" and data.channels = 1 belong together; set both')
         if self.quant is None and {"ptq-w8a8", "ptq", "qat"} & set(self.baselines):
             raise ValueError("baselines with quantization need a [quant]")
+        if self.train.float_steps and self.quant is None:
+            raise ValueError("train.float_steps come before quantization; add a [quant]")
+        if self.train.float_steps >= self.train.steps:
+            raise ValueError("train.float_steps must be fewer than train.steps")
         if self.teacher is None and "teacher" in self.baselines:
             raise ValueError('the baseline "teacher" needs a [teacher]')
         return self

@@ -23,6 +23,7 @@ from torch.fx import GraphModule
 
 from sparkir.assemble import (
     Materials,
+    calibrate_student,
     convention_of,
     gather,
     quantize_student,
@@ -52,6 +53,7 @@ from sparkir.measure import (
     runtime_contender,
     trained_contenders,
 )
+from sparkir.quant.calibrate import leave_in_float
 from sparkir.quant.fused import require_compiler
 from sparkir.quant.reference import freeze
 from sparkir.recipe import Recipe, WeightingChoice, differences, load
@@ -61,7 +63,7 @@ from sparkir.spark.weighting import Weighting
 from sparkir.teacher import teacher_outputs
 from sparkir.train.distribute import Devices
 from sparkir.train.loop import LoopSettings, Report, train
-from sparkir.train.optimize import build_average, build_optimizer, fast_precision
+from sparkir.train.optimize import build_average, build_optimizer, fast_precision, restart_average
 from sparkir.train.state import TrainState
 
 LARGEST_PSNR_CHANGE_DB = 0.02
@@ -110,6 +112,7 @@ def train_student(
         state.load(checkpoint)
         report({"kind": "resumed", "step": state.step})
     devices.agree(state)
+    _leave_in_float(state, on=state.step < recipe.train.float_steps)
     train(
         task,
         state,
@@ -118,11 +121,29 @@ def train_student(
         evaluate=lambda network: _validated_db(network, recipe, materials, devices),
         report=report,
         stop_requested=stop_requested,
+        begin_rounding=lambda: _begin_rounding(state, recipe, materials),
         devices=devices,
     )
     result = state.student if state.average is None else state.average.module
     weighting = task.weighting.eval()
     return Trained(name=name, student=result.eval(), weighting=weighting, remark=remark)
+
+
+def _leave_in_float(state: TrainState, *, on: bool) -> None:
+    leave_in_float(state.student, on=on)
+    if state.average is not None:
+        leave_in_float(state.average.module, on=on)
+
+
+def _begin_rounding(state: TrainState, recipe: Recipe, materials: Materials) -> None:
+    """Set the grids to what the student has become."""
+    assert recipe.quant is not None
+    state.student.eval()
+    calibrate_student(state.student, recipe.quant, materials.crops)
+    state.student.train()
+    if state.average is not None:
+        restart_average(state.average, state.student)
+    _leave_in_float(state, on=False)
 
 
 def training_of(
@@ -139,6 +160,11 @@ def training_of(
     says whether to compute them now. Of each batch, `devices` take their shares.
     """
     devices = devices or Devices()
+    if recipe.train.float_steps and devices.ranks > 1:
+        raise SparkirError(
+            "train.float_steps is for one process; train the student in floating point first (a "
+            "recipe without [quant]) and give its file as student.weights"
+        )
     torch.manual_seed(recipe.seed)
     student = copy.deepcopy(materials.student)
     if recipe.quant is not None:
@@ -201,6 +227,7 @@ def loop_settings(recipe: Recipe, device: torch.device) -> LoopSettings:
         schedule=settings.schedule,
         warmup=settings.warmup,
         clip_norm=settings.clip_norm,
+        float_steps=settings.float_steps,
         bfloat16=_bfloat16(recipe, device),
         compiled=settings.compile,
         log_every=settings.log_every,

@@ -53,7 +53,8 @@ class Method:
 
 def _float(recipe: Recipe) -> Recipe:
     """The same training in floating point, alone."""
-    return changed(recipe, quant=None, distill=None, weighting={})
+    whole = recipe.train.model_copy(update={"float_steps": 0})
+    return changed(recipe, quant=None, distill=None, weighting={}, train=whole)
 
 
 def _qat(recipe: Recipe) -> Recipe:

@@ -26,6 +26,22 @@ def activation_quantizers(student: nn.Module) -> dict[str, ActivationQuantizer]:
     }
 
 
+class _Unseen(RangeObserver):
+    """Keeps nothing of what passes."""
+
+    def record(self, x: Tensor) -> None:
+        """Forget `x`."""
+
+
+def leave_in_float(student: nn.Module, *, on: bool) -> None:
+    """Whether values pass the grids of a prepared network as they are, weights too.
+
+    It then computes what it did before it was prepared, and trains as that does.
+    """
+    for quantizer in activation_quantizers(student).values():
+        quantizer.observer = _Unseen() if on else None
+
+
 @torch.no_grad()
 def calibrate(
     student: nn.Module,

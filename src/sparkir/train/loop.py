@@ -47,6 +47,8 @@ class LoopSettings:
     bfloat16: bool = False
     compiled: bool = False
     """Whether grids are rounded to in compiled passes (`quant.fused`)."""
+    float_steps: int = 0
+    """Steps before rounding begins."""
     log_every: int = 10
     evaluate_every: int = 0
     """0: not before the end."""
@@ -62,6 +64,7 @@ def train(
     evaluate: Callable[[nn.Module], float],
     report: Report,
     stop_requested: Callable[[], bool] = lambda: False,
+    begin_rounding: Callable[[], None] = lambda: None,
     devices: Devices | None = None,
 ) -> None:
     """Train `task.student` from `state.step` to the end.
@@ -75,6 +78,7 @@ def train(
         report: receives `step`, `policy`, `evaluation` and `checkpoint` events.
         stop_requested: asked after each step; when true, the state is saved and `Interrupted`
             raised.
+        begin_rounding: called once, after `settings.float_steps`, if there are any.
         devices: the processes that share the batches, all of which call this; alone when None.
             The first one writes the checkpoints.
 
@@ -91,6 +95,8 @@ def train(
 
     while state.step < settings.steps:
         step, began = state.step, time.perf_counter()
+        if 0 < step == settings.float_steps:
+            begin_rounding()
         lq, gt, *teacher = (_to_unit_range(images, device) for images in state.sampler.next())
         loaded = time.perf_counter()
         set_rates(optimizer, _rate_factor(step, settings))
