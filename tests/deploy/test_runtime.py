@@ -1,6 +1,8 @@
 """Running a file, and asking ONNX Runtime what it runs."""
 
 import copy
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -66,3 +68,31 @@ def test_fusion_sees_layers_in_float(dncnn):
     fusion = fusion_of(model)
     assert len(fusion.float_layers) == 1
     assert fusion.integer["QLinearConv"] == 3
+
+
+SIGNALLED = """
+import gc, signal, sys
+from pathlib import Path
+import numpy as np
+from sparkir.deploy.session import open_session
+
+sessions = [open_session(Path(sys.argv[1]), runtime="openvino") for _ in range(3)]
+for session in sessions:
+    session.run(np.zeros((1, 3, 20, 20), np.float32))
+while sessions:
+    del sessions[0], session
+    session = None
+    gc.collect()
+signal.signal(signal.SIGINT, lambda *_: print("handled"))
+signal.raise_signal(signal.SIGINT)
+"""
+
+
+def test_a_signal_is_handled_after_openvino_has_gone(tmp_path, edsr):
+    """Cores that go in the order in which they came leave signal handlers a stack that is gone."""
+    path = tmp_path / "model.onnx"
+    write_model(edsr.model, path)
+    done = subprocess.run(
+        [sys.executable, "-c", SIGNALLED, str(path)], capture_output=True, text=True, check=False
+    )
+    assert (done.returncode, done.stdout) == (0, "handled\n")

@@ -17,7 +17,14 @@ from typing import TYPE_CHECKING, Any, Literal, cast
 
 import numpy as np
 
-from sparkir.deploy.session import RUNTIMES, TITLES, OpenVinoSession, Runtime, open_session
+from sparkir.deploy.session import (
+    RUNTIMES,
+    TITLES,
+    OpenVinoSession,
+    Runtime,
+    open_session,
+    openvino_core,
+)
 from sparkir.errors import SparkirError
 from sparkir.quant.targets import TARGETS, TargetName
 
@@ -260,9 +267,7 @@ def _open_torch(contender: Contender, threads: int) -> Run:
 
 
 def _open_openvino_bfloat16(contender: Contender, threads: int) -> Run:
-    import openvino
-
-    if "BF16" not in openvino.Core().get_property("CPU", "OPTIMIZATION_CAPABILITIES"):
+    if "BF16" not in openvino_core().get_property("CPU", "OPTIMIZATION_CAPABILITIES"):
         raise SparkirError("this processor has no bfloat16 arithmetic for OpenVINO")
     return OpenVinoSession(Path(contender.file), threads=threads, precision="bf16").run
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from functools import cache
 from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, Protocol, cast, get_args
@@ -107,6 +108,19 @@ def _open_onnxruntime(
         )
 
 
+@cache
+def openvino_core() -> Any:  # noqa: ANN401 - an openvino.Core
+    """The process's only one, and kept to its end.
+
+    A core that compiles gives the main thread another stack for signal handlers, and takes it away
+    when it goes. Of two that go in the order in which they came, the second puts back the stack of
+    the first, which is gone: the next signal, such as Ctrl-C, then ends the process.
+    """
+    import openvino
+
+    return openvino.Core()
+
+
 class OpenVinoSession:
     """OpenVINO on the CPU, from an ONNX file or its own .xml."""
 
@@ -120,9 +134,7 @@ class OpenVinoSession:
         precision: Literal["f32", "bf16"] = "f32",
     ) -> None:
         """Open `model`; layers in floating point compute in `precision`."""
-        import openvino
-
-        core = openvino.Core()
+        core = openvino_core()
         network: Any = core.read_model(str(model) if isinstance(model, Path) else model)
         settings: dict[str, Any] = {
             "INFERENCE_PRECISION_HINT": precision,
