@@ -14,10 +14,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
+from sparkir.quant.arithmetic import Quantized
+from sparkir.quant.fixed import FixedLayerNorm, FixedSoftmax
 from sparkir.quant.layers import GlobalAverage
+from sparkir.quant.prepare import placement_of
 from sparkir.quant.reference import IntegerLayer, IntegerQuantizer
+from sparkir.quant.steps import grid_of_input
 
-_FLOAT_MODULES = (nn.Conv2d, nn.ConvTranspose2d, nn.Linear, nn.Softmax)
+_FLOAT_MODULES = (nn.Conv2d, nn.ConvTranspose2d, nn.Linear, nn.Softmax)  # and what is derived
 _FLOAT_FUNCTIONS = (F.conv2d, F.conv_transpose2d, F.linear, F.softmax, torch.softmax, "softmax")
 
 
@@ -77,10 +81,14 @@ class QdqGrid(nn.Module):
 class QdqLayer(nn.Module):
     """A layer over real values whose weights and bias are dequantized integers."""
 
-    def __init__(self, layer: IntegerLayer) -> None:
-        """The same layer."""
+    def __init__(self, layer: IntegerLayer, *, in_rows: bool = True) -> None:
+        """The same layer; `in_rows`, a linear one takes all pixels as one matrix.
+
+        As a product of a tensor and a matrix, ONNX Runtime would add its bias in float. OpenVINO,
+        behind such a reshaping, gives every channel of the convolution before it the first's bias.
+        """
         super().__init__()
-        self.layer = layer
+        self.layer, self.in_rows = layer, in_rows
         # Without a zero point, even of zeros, ONNX Runtime keeps a Gemm in floating point.
         zero = layer.weight.new_zeros(len(layer.weight)) if layer.weight.dim() == 2 else None
         self.register_buffer("zero", zero)
@@ -90,10 +98,29 @@ class QdqLayer(nn.Module):
         layer = self.layer
         weight = dequantize(layer.weight, layer.weight_scale, self.zero)
         bias = None if layer.bias is None else dequantize(layer.bias, layer.sum_scale)
-        if weight.dim() == 2 and x.dim() > 2:  # as a MatMul, its bias would be added in float
+        if weight.dim() == 2 and x.dim() > 2 and self.in_rows:
             rows = layer.apply_weights(x.flatten(0, -2), weight, bias)
             return rows.reshape(*x.shape[:-1], -1)
         return layer.apply_weights(x, weight, bias)
+
+
+class OnIntegers(nn.Module):
+    """An operation of fixed bits, whose integers are found again behind the pair that made them."""
+
+    scale: Tensor
+    zero: Tensor
+
+    def __init__(self, operation: nn.Module, grid: IntegerQuantizer) -> None:
+        """Wrap `operation`, which reads `grid`."""
+        super().__init__()
+        self.operation = operation
+        self.register_buffer("scale", grid.scale)
+        self.register_buffer("zero", grid.zero_point)
+
+    def forward(self, x: Tensor, *rest: object) -> Tensor:
+        """Real values in and out."""
+        ints = (x / self.scale).round()
+        return cast("Tensor", self.operation(Quantized(ints, self.scale, self.zero), *rest))
 
 
 class QdqAverage(nn.Module):
@@ -107,17 +134,29 @@ class QdqAverage(nn.Module):
 def to_qdq(frozen: fx.GraphModule) -> fx.GraphModule:
     """A copy of an integer network in QDQ form."""
     view: Any = copy.deepcopy(frozen)
+    _find_integers(view)
+    in_rows = not placement_of(frozen).spec.runs_on.fuses
     for name, module in list(view.named_modules()):
         if isinstance(module, IntegerQuantizer):
             view.set_submodule(name, QdqGrid(module))
         elif isinstance(module, IntegerLayer):
-            view.set_submodule(name, QdqLayer(module))
+            view.set_submodule(name, QdqLayer(module, in_rows=in_rows))
         elif isinstance(module, GlobalAverage):
             view.set_submodule(name, QdqAverage())
     for call in grid_calls(view):
         call.args = (*call.args, call.name)
     _keep_in_float(view)
     return cast("fx.GraphModule", view)
+
+
+def _find_integers(view: fx.GraphModule) -> None:
+    """Let operations of fixed bits have the integers of the grid that they read."""
+    modules = dict(view.named_modules())
+    for node in view.graph.nodes:
+        operation = modules.get(str(node.target)) if node.op == "call_module" else None
+        if isinstance(operation, FixedLayerNorm | FixedSoftmax):
+            grid = cast("IntegerQuantizer", modules[grid_of_input(node, modules)])
+            view.set_submodule(str(node.target), OnIntegers(operation, grid))
 
 
 def _keep_in_float(view: fx.GraphModule) -> None:

@@ -13,16 +13,27 @@ _FAR = -100.0  # as published: what no softmax sees
 
 
 class BiasedSoftmax(nn.Module):
-    """Softmax over the last dimension of scores times a factor, plus a bias and a mask."""
+    """Softmax over the last dimension of scores times a factor, plus biases and a mask.
+
+    Scores (..., heads, n, m); each pair of tokens finds its bias in a table (entries, heads), at
+    ``index`` (n, m).
+    """
 
     def __init__(self, factor: float) -> None:
         super().__init__()
-        self.factor, self.dim = factor, -1
+        self.factor = factor
 
-    def forward(self, scores: Tensor, bias: Tensor, mask: Tensor | None = None) -> Tensor:
+    def forward(
+        self, scores: Tensor, table: Tensor, index: Tensor, mask: Tensor | None = None
+    ) -> Tensor:
         """Return weights that sum to 1; ``mask`` is 0, or below what any softmax sees."""
-        scores = scores * self.factor + bias
-        return (scores if mask is None else scores + mask).softmax(self.dim)
+        scores = scores * self.factor + looked_up(table, index)
+        return (scores if mask is None else scores + mask).softmax(-1)
+
+
+def looked_up(table: Tensor, index: Tensor) -> Tensor:
+    """(entries, heads) at (n, m) -> (heads, n, m)."""
+    return table[index].permute(2, 0, 1)
 
 
 class WindowAttention(nn.Module):
@@ -47,9 +58,9 @@ class WindowAttention(nn.Module):
     def forward(self, windows: Tensor, mask: Tensor | None = None) -> Tensor:
         """Return the attended features; ``mask`` (windows, 1, 64, 64) is added to the scores."""
         query, key, value = self._heads(self.qkv(windows))
-        bias = self.relative_position_bias_table[self.relative_position_index].permute(2, 0, 1)
         scores = query @ key.transpose(-2, -1)
-        weights = self.softmax(scores, bias) if mask is None else self.softmax(scores, bias, mask)
+        biases = self.relative_position_bias_table, self.relative_position_index
+        weights = self.softmax(scores, *biases, mask)
         attended = (weights @ value).transpose(2, 3).flatten(3)
         result: Tensor = self.proj(attended)
         return result
