@@ -24,10 +24,8 @@ def w8a8(request, case):
 
 
 def test_what_stays_in_float_is_named_with_its_reason(case, w8a8):
-    placement = placement_of(w8a8)
-    expected, left = case[0].left_in_float, placement.left_in_float
-    if placement.spec.runs_on.fuses:
-        expected = expected | case[0].left_where_sums_flow
+    expected = case[0].left_in_float
+    left = placement_of(w8a8).left_in_float
     assert left.keys() == expected.keys()
     for name, word in expected.items():
         assert word in left[name]

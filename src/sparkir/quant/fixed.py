@@ -70,8 +70,15 @@ def normalized(ints: Tensor, *, dim: int, epsilon: Tensor) -> Tensor:
     centred = ints - (ints.detach().sum(dim, keepdim=True) * share).round()
     mean = centred.sum(dim, keepdim=True) * share
     variance = (centred * centred).sum(dim, keepdim=True) * share - mean * mean
-    normal: Tensor = (centred - mean) / (variance.clamp_min(0) + epsilon).sqrt()
-    return normal
+    return (centred - mean) * _inverse((variance.clamp_min(0) + epsilon).sqrt())
+
+
+def _inverse(x: Tensor) -> Tensor:
+    """1 / x as a division, which IEEE 754 rounds one way.
+
+    OpenVINO divides by multiplying by an inverse; ONNX Runtime's own inverse is approximate.
+    """
+    return torch.div(x.new_ones(()), x)
 
 
 class FixedSoftmax(nn.Module):
@@ -122,5 +129,4 @@ def weights_of(levels: Tensor, step: Tensor, *, mask: Tensor | None) -> Tensor:
     parts = ((below * step).exp() * _EXPONENTIAL_PARTS).round()
     if hidden is not None:  # however small the step
         parts = parts * (1 - hidden)
-    weights: Tensor = parts / parts.sum(-1, keepdim=True)
-    return weights
+    return parts * _inverse(parts.sum(-1, keepdim=True))

@@ -423,9 +423,6 @@ class _Rewriter:
                 self._become(node, GlobalAverage())
             case Kind.MATRIX_PRODUCT:
                 self._become(node, MatrixProduct())
-                if self.plan.fuses:
-                    reason = "its runtime multiplies two tensors in float"
-                    self.placement.left_in_float[node.name] = reason
             case Kind.FIXED:
                 self._fix(node)
             case Kind.RELU if node in self.plan.absorbed:
