@@ -445,8 +445,6 @@ def make_trained(network: nn.Module) -> None:
             nn.init.normal_(layer.bias, std=0.1)
         if isinstance(layer, WindowAttention):
             nn.init.normal_(layer.relative_position_bias_table)
-    if name == "swinir":  # a correction is small
-        network.upsample[0].weight.mul_(0.2)
     if name == "nafnet":  # its branches start with factors of zero
         for parameter_name, parameter in network.named_parameters():
             if parameter_name.endswith(("beta", "gamma")):
@@ -476,6 +474,8 @@ class Case:
     """First and last layers."""
     left_in_float: dict[str, str] = field(default_factory=dict)
     """Operation -> a word of the reason."""
+    at_least_db: float = 45.0
+    """What 8 bits leave, before training."""
     not_layers: set[str] = field(default_factory=set)
     """Convolutions that stay in float or are not used."""
     more_layers: dict[str, bool] = field(default_factory=dict)
@@ -658,6 +658,7 @@ LARGE: dict[str, Case] = {
                 "attn.softmax": _EXPONENTIAL,
             }.items()
         },
+        at_least_db=38,  # of 8 channels, a normalisation finds some that hardly vary
     ),
 }
 """Shipped networks that take too long for every test; see `test_large`."""
