@@ -151,7 +151,7 @@ class QdqAverage(nn.Module):
 def to_qdq(frozen: fx.GraphModule) -> fx.GraphModule:
     """A copy of an integer network in QDQ form."""
     view: Any = copy.deepcopy(frozen)
-    _find_integers(view)
+    find_integers(view)
     fuses = placement_of(frozen).spec.runs_on.fuses
     words: Any = {"in_rows": not fuses, "adds_bias": fuses and _multiplies_reshaped(view)}
     for name, module in list(view.named_modules()):
@@ -174,7 +174,7 @@ def _multiplies_reshaped(view: fx.GraphModule) -> bool:
     return reshapes and any(isinstance(m, IntegerLinear | MatrixProduct) for m in modules)
 
 
-def _find_integers(view: fx.GraphModule) -> None:
+def find_integers(view: fx.GraphModule) -> None:
     """Let operations of fixed bits have the integers of the grid that they read."""
     modules = dict(view.named_modules())
     for node in view.graph.nodes:

@@ -129,4 +129,5 @@ def weights_of(levels: Tensor, step: Tensor, *, mask: Tensor | None) -> Tensor:
     parts = ((below * step).exp() * _EXPONENTIAL_PARTS).round()
     if hidden is not None:  # however small the step
         parts = parts * (1 - hidden)
-    return parts * _inverse(parts.sum(-1, keepdim=True))
+    weights: Tensor = parts * _inverse(parts.sum(-1, keepdim=True))
+    return weights
