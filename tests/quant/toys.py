@@ -528,7 +528,7 @@ CASES: dict[str, Case] = {
             "mul_1": _CONSTANT,
             "mul_2": _CONSTANT,
             "truediv": _NO_KERNEL,
-            "ones": _NO_KERNEL,
+            "add_1": _CONSTANT,
         },
     ),
     "one tensor twice": Case(OneTensorTwice, left_in_float={"add": "one tensor"}),

@@ -108,7 +108,7 @@ class FixedSoftmax(nn.Module):
         weights = weights_of(x.ints.float() * _BIAS_PARTS + bias, step, mask=mask)
         if not self.training:
             return weights
-        smooth = self.layer(x.dequantize(), table, index, mask)
+        smooth: Tensor = self.layer(x.dequantize(), table, index, mask)
         return weights.detach() + (smooth - smooth.detach())  # exact: that is zero
 
     @torch.no_grad()
