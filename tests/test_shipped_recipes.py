@@ -18,7 +18,14 @@ SHRUNK = {
     "dncnn": {"depth": 4, "width": 8},
     "edsr-baseline": {"width": 8},
     "mirnet": {"width": 8, "groups": 1, "blocks": 1},
+    "nafnet": {
+        "width": 8,
+        "encoder_blocks": "[1]",
+        "middle_blocks": 1,
+        "decoder_blocks": "[1]",
+    },
     "rfdn": {"width": 8, "blocks": 1},
+    "swinir": {"width": 8, "depths": "[2]", "heads": 2},
 }
 """Small ones are enough to see a recipe start."""
 TASKS = {
@@ -31,6 +38,8 @@ TASKS = {
     "denoise-grey-blind": "PSNR-grey, uint8, no crop",
     "jpeg": "PSNR-RGB, uint8, no crop",
     "denoise-real": "PSNR-RGB, uint8, no crop",
+    "denoise-real-nafnet": "PSNR-RGB, uint8, no crop",
+    "sr-x2-swinir": "PSNR-Y studio range, uint8, crop 2 px",
     "lowlight": "PSNR-RGB, uint8, no crop",
     "derain": "PSNR-Y studio range, uint8, no crop",
     "deblur": "PSNR-RGB, uint8, no crop",

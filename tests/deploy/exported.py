@@ -88,6 +88,18 @@ class Twins(nn.Module):
         return self.tail(twice + self.fourth(self.third(features)))
 
 
+def with_trained_norms(network: nn.Module) -> nn.Module:
+    """Give what starts as ones and zeros, or small, values as training leaves them."""
+    for name, parameter in network.named_parameters():
+        if name.endswith(("norm.weight", "norm1.weight", "norm2.weight")):
+            nn.init.uniform_(parameter, 0.5, 1.5)
+        elif name.endswith(("norm.bias", "norm1.bias", "norm2.bias", "beta", "gamma")):
+            nn.init.normal_(parameter, std=0.3)
+        elif name.endswith("relative_position_bias_table"):
+            nn.init.normal_(parameter)
+    return network
+
+
 NETWORKS: dict[str, Callable[[], nn.Module]] = {
     "srcnn": lambda: build("srcnn", scale=2),
     "dncnn": lambda: build("dncnn", depth=4, width=8),
@@ -105,6 +117,10 @@ NETWORKS: dict[str, Callable[[], nn.Module]] = {
     "pooling": lambda: build("plainusr", size="s", scale=2),
     "everything": Everything,
     "mirnet": lambda: build("mirnet", width=8, groups=1, blocks=1),
+    "nafnet": lambda: with_trained_norms(
+        build("nafnet", width=8, encoder_blocks=[1], middle_blocks=1, decoder_blocks=[1])
+    ),
+    "swinir": lambda: with_trained_norms(build("swinir", width=8, depths=[2], heads=2)),
     "twins": Twins,
 }
 

@@ -324,3 +324,16 @@ def test_a_missing_package_is_named_with_its_remedy(monkeypatch):
     for use in (require_executorch, lambda: ExecuTorchSession(b"")):
         with pytest.raises(SparkirError, match=r'executorch.*pip install "sparkir\[mobile\]"'):
             use()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["nafnet", "swinir"])
+def test_what_is_computed_from_integers_is_so_here(name):
+    """Normalisations and attention, which XNNPACK leaves to the portable kernels."""
+    frozen = frozen_network(name, 8, 8)
+    session = ExecuTorchSession(to_executorch(frozen, largest_px=(32, 32), fixed_size=True).content)
+    x = images(frozen.facts, 1, 32, 32)
+    with torch.no_grad():
+        expected = frozen(x)
+    levels = (torch.from_numpy(session.run(x.numpy())[0]) - expected) * 255
+    assert int(levels.round().count_nonzero()) <= 1e-3 * levels.numel()

@@ -28,6 +28,8 @@ ONCE = {
     "plainusr": [(4, 4), (4, 8)],
     "pooling": [(8, 8), (4, 4)],
     "mirnet": [(4, 8), (4, 4)],
+    "nafnet": [(8, 8), (4, 8)],
+    "swinir": [(4, 4), (8, 8)],
 }
 """Networks that take seconds each: one width in ONNX Runtime and one in OpenVINO, unless the
 environment has SPARKIR_EVERY_WIDTH; for whoever changes a placement."""

@@ -32,11 +32,14 @@ SMALL = {
     "edsr x4": {"width": 4, "blocks": 3, "scale": 4},
     "edsr x8": {"width": 4, "blocks": 1, "scale": 8},
     "mirnet": {"width": 8, "groups": 1, "blocks": 1},
+    "nafnet": {"width": 4, "encoder_blocks": [1, 2], "middle_blocks": 1, "decoder_blocks": [1, 1]},
+    "swinir x2": {"width": 4, "depths": [2], "heads": 2},
+    "swinir x4": {"scale": 4, "width": 4, "depths": [1, 2], "heads": 1},
 }
 WINDOW_PX = dict.fromkeys(("rfdn", "rlfn", "bsrn", "bsrn-s"), 13) | {"plainusr": 12}
 """Margin in the halo for attention on a coarse grid, which is switched off to measure the reach."""
 MASKS = ("excitate.weight", "c3_r.eval_conv.weight", "SA.spatial.conv.weight")
-GLOBAL = ("esa.conv4.weight", "conv_du.2.weight", "body.3.body.0.weight")
+GLOBAL = ("esa.conv4.weight", "conv_du.2.weight", "body.3.body.0.weight", "sca.1.weight")
 GLOBAL += ("fcs.0.weight", "fcs.1.weight", "fcs.2.weight")
 """The last layers of what looks at the whole image: without them, it gives the same everywhere."""
 

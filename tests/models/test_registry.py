@@ -33,7 +33,7 @@ def user_module(monkeypatch):
 def test_every_available_network_can_be_built_and_carries_facts():
     assert set(available()) == {
         *("bsrn", "bsrn-s", "carn-m", "dncnn", "edsr", "edsr-baseline", "fmen", "imdn"),
-        *("mirnet", "plainusr", "rfdn", "rlfn", "span", "srcnn"),
+        *("mirnet", "nafnet", "plainusr", "rfdn", "rlfn", "span", "srcnn", "swinir"),
     }
     for name, description in available().items():
         assert isinstance(build(name).facts, ModelFacts)
@@ -68,6 +68,15 @@ def test_options_reach_the_network():
         ("carn-m", {"width": 30}, "CARN-M needs a width that is a multiple of 4, got 30"),
         ("imdn", {"width": 30}, "IMDN needs a width that is a multiple of 4, got 30"),
         ("span", {"blocks": 1}, "SPAN needs blocks >= 2"),
+        ("nafnet", {"encoder_blocks": 4}, "must be a list of whole numbers >= 1, got 4"),
+        (
+            "nafnet",
+            {"decoder_blocks": [1, 0, 1, 1]},
+            "'decoder_blocks' of network 'nafnet' must be",
+        ),
+        ("nafnet", {"encoder_blocks": [1]}, "as many levels as down, got encoder_blocks"),
+        ("swinir", {"heads": 7}, "SwinIR's width must be a multiple of heads, got 60 and 7"),
+        ("swinir", {"depths": []}, "'depths' of network 'swinir' must be a list of whole numbers"),
         ("plainusr", {"size": "xl"}, "PlainUSR comes in the sizes u, t, s, m, got 'xl'"),
         ("dncnn", {"channels": 4}, "channels must be 1"),
         ("dncnn", {"depth": 1}, "depth >= 2"),

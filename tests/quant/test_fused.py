@@ -5,6 +5,7 @@ import copy
 import pytest
 import torch
 from slow_reference import FAKE_QUANTIZE
+from torch import nn
 from toys import CASES, images, quantized
 
 from sparkir.errors import SparkirError
@@ -148,8 +149,11 @@ def test_whole_networks_train_the_same(uncompiled, case, target, learned):
     (_, expected), (_, found) = trained_both_ways(network, spec, x)
     assert found.keys() == expected.keys()
     steps = [name for name in expected if name.endswith("log_scale")]
+    # What a normalisation sums, it sums in the order of memory, which is not the same.
+    tolerance = 1e-5 if any(isinstance(m, nn.LayerNorm) for m in network.modules()) else 0.0
     for name in expected.keys() - steps:
-        assert torch.equal(found[name], expected[name]), name
+        atol = tolerance * float(expected[name].abs().max())
+        torch.testing.assert_close(found[name], expected[name], rtol=tolerance, atol=atol)
     largest = max((float(expected[name].abs().max()) for name in steps), default=0.0)
     for name in steps:
         torch.testing.assert_close(found[name], expected[name], rtol=1e-3, atol=1e-4 * largest)

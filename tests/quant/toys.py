@@ -8,8 +8,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
+from sparkir.models.attention import WindowAttention, shift_mask
 from sparkir.models.facts import ModelFacts
 from sparkir.models.mirnet import DualAttention, SelectiveKernelFusion
+from sparkir.models.normalize import LayerNorm2d
 from sparkir.models.registry import build
 from sparkir.models.resample import BilinearUp, BlurDown
 from sparkir.quant.calibrate import activation_quantizers, calibrate
@@ -292,6 +294,42 @@ class Attentions(Toy):
         return self.fuse([x, self.unit(first)])
 
 
+class Normalised(Toy):
+    """Over the channels of planes, over those of pixels, and without parameters."""
+
+    def __init__(self):
+        super().__init__()
+        self.planes, self.pixels = LayerNorm2d(WIDTH), nn.LayerNorm(WIDTH)
+        self.plain = nn.LayerNorm(WIDTH, elementwise_affine=False)
+        self.linear = nn.Linear(WIDTH, WIDTH)
+        self.last = convolution(WIDTH, WIDTH)
+        with torch.no_grad():
+            for layer in (self.middle, self.linear, self.last):
+                layer.weight.mul_(0.1)
+
+    def body(self, x):
+        x = x + self.middle(self.planes(x))
+        pixels = x.permute(0, 2, 3, 1)
+        pixels = pixels + self.linear(self.pixels(pixels))
+        return x + self.last(self.plain(pixels).permute(0, 3, 1, 2))
+
+
+class Attending(Toy):
+    """The second window of the image is two halves that do not see each other."""
+
+    def __init__(self):
+        super().__init__()
+        self.attention = WindowAttention(WIDTH, 2)
+        nn.init.normal_(self.attention.relative_position_bias_table)
+        self.shift = torch.tensor(0.1)  # no buffer
+
+    def body(self, x):
+        pixels = (self.middle(x) + self.shift).permute(0, 2, 3, 1)[:, :8, :16]
+        windows = pixels.unflatten(2, (2, 8)).permute(0, 2, 1, 3, 4).flatten(2, 3)
+        attended = self.attention(windows, shift_mask(8, 16, torch.device("cpu")))
+        return x[:, :, :8, :16] + attended.unflatten(2, (8, 8)).permute(0, 4, 2, 1, 3).flatten(3)
+
+
 class Slices(Toy):
     """Channels taken apart and put together again; and a border cut off, whose width is data."""
 
@@ -401,6 +439,16 @@ def make_trained(network: nn.Module) -> None:
                 layer.bias.fill_(0.2)
     if name == "span":  # its first layer reads [0, 255]
         network.conv_1.eval_conv.weight.mul_(0.01)
+    for layer in network.modules():
+        if isinstance(layer, nn.LayerNorm):
+            nn.init.uniform_(layer.weight, 0.5, 1.5)
+            nn.init.normal_(layer.bias, std=0.1)
+        if isinstance(layer, WindowAttention):
+            nn.init.normal_(layer.relative_position_bias_table)
+    if name == "nafnet":  # its branches start with factors of zero
+        for parameter_name, parameter in network.named_parameters():
+            if parameter_name.endswith(("beta", "gamma")):
+                nn.init.normal_(parameter, std=0.3)
     if name == "plainusr":  # a dim image, and a little of the rest
         for weight in (network.head_image.weight, network.tail_image.weight):
             weight.lerp_(weight.round(), 0.8).mul_(0.5)
@@ -426,6 +474,8 @@ class Case:
     """First and last layers."""
     left_in_float: dict[str, str] = field(default_factory=dict)
     """Operation -> a word of the reason."""
+    at_least_db: float = 45.0
+    """What 8 bits leave, before training."""
     not_layers: set[str] = field(default_factory=set)
     """Convolutions that stay in float or are not used."""
     more_layers: dict[str, bool] = field(default_factory=dict)
@@ -437,6 +487,7 @@ class Case:
 _NO_KERNEL = "no integer kernel"
 _CONSTANT = "constant"
 _EXPONENTIAL = "an exponential"
+_STATISTICS = "the real statistics"
 _PLAIN_EDGES = {"head", "head_image", "tail", "tail_image"}
 _INTERPOLATION = {"interpolate": "between grid points"}
 _UPSCALING = {"conv2d": "constants"}
@@ -477,7 +528,7 @@ CASES: dict[str, Case] = {
             "mul_1": _CONSTANT,
             "mul_2": _CONSTANT,
             "truediv": _NO_KERNEL,
-            "ones": _NO_KERNEL,
+            "add_1": _CONSTANT,
         },
     ),
     "one tensor twice": Case(OneTensorTwice, left_in_float={"add": "one tensor"}),
@@ -512,6 +563,13 @@ CASES: dict[str, Case] = {
             False,
         ),
         rewritten=True,
+    ),
+    "normalised": Case(
+        Normalised,
+        left_in_float=dict.fromkeys(("planes", "pixels", "plain"), _STATISTICS),
+    ),
+    "attending": Case(
+        Attending, left_in_float={"add": _CONSTANT, "attention.softmax": _EXPONENTIAL}
     ),
     "slices": Case(Slices, not_layers={"middle"}),
     "curves": Case(Curves),
@@ -557,6 +615,16 @@ CASES: dict[str, Case] = {
         {"sub": "subtraction", "mul": _CONSTANT},
     ),
     "imdn": Case(shipped("imdn", width=8, blocks=1, scale=2), {"model.0", "model.2"}),
+    "nafnet": Case(
+        shipped("nafnet", width=8, encoder_blocks=[1], middle_blocks=1, decoder_blocks=[1]),
+        {"intro", "ending"},
+        {
+            f"{block}.{norm}": _STATISTICS
+            for block in ("encoders.0.0", "middle_blks.0", "decoders.0.0")
+            for norm in ("norm1", "norm2")
+        },
+        rewritten=True,
+    ),
     "plainusr": Case(shipped("plainusr", size="u", scale=2), _PLAIN_EDGES),
     "plainusr with pooling": Case(
         shipped("plainusr", size="s", scale=2),
@@ -575,6 +643,22 @@ LARGE: dict[str, Case] = {
         shipped("mirnet", width=8, groups=1, blocks=1),
         {"conv_in", "conv_out"},
         {f"body.0.body.0.selective_kernel.{level}.softmax": _EXPONENTIAL for level in range(3)},
+    ),
+    "swinir": Case(
+        shipped("swinir", width=8, depths=[2], heads=2),
+        {"conv_first", "upsample.0"},
+        {"sub": "subtraction", "add_6": _CONSTANT, "patch_embed.norm": _STATISTICS}
+        | {"norm": _STATISTICS}
+        | {
+            f"layers.0.residual_group.blocks.{block}.{name}": word
+            for block in range(2)
+            for name, word in {
+                "norm1": _STATISTICS,
+                "norm2": _STATISTICS,
+                "attn.softmax": _EXPONENTIAL,
+            }.items()
+        },
+        at_least_db=38,  # of 8 channels, a normalisation finds some that hardly vary
     ),
 }
 """Shipped networks that take too long for every test; see `test_large`."""

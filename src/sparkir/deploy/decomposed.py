@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
-from sparkir.deploy.qdq import grid_calls
+from sparkir.deploy.qdq import find_integers, grid_calls
 from sparkir.quant.graph import Tap
 from sparkir.quant.layers import (
     AbsorbedReLU,
@@ -111,6 +111,7 @@ def to_decomposed(frozen: fx.GraphModule, *, with_grids: bool = False) -> fx.Gra
         with_grids: return the signed bytes of every grid as well, in the order of `grid_calls`.
     """
     view: Any = copy.deepcopy(frozen)
+    find_integers(view)
     rewriter = _Rewriter(view)
     rewriter.run(with_grids=with_grids)
     for name, module in rewriter.modules.items():

@@ -47,6 +47,8 @@ def _name_after_layers(model: onnx.ModelProto, alike: Iterable[Sequence[str]]) -
     }
     calls: Counter[str] = Counter()
     for node in model.graph.node:
+        if node.op_type == "Transpose" and node.input[0] in weights:
+            weights[node.output[0]] = weights[node.input[0]]
         if len(node.input) > 1 and node.input[1] in weights:
             name = weights[node.input[1]]
             name = waiting[name].pop(0) if waiting.get(name) else name

@@ -22,6 +22,7 @@ from sparkir.deploy.session import TITLES, Runtime, open_session
 from sparkir.errors import SparkirError
 from sparkir.models.facts import facts_of
 from sparkir.quant.arithmetic import Quantized
+from sparkir.quant.fixed import FixedLayerNorm, FixedSoftmax
 from sparkir.quant.graph import Tap
 from sparkir.quant.layers import AbsorbedReLU
 from sparkir.quant.prepare import placement_of
@@ -210,11 +211,13 @@ class _TeacherForced(fx.Interpreter):
         runtime = torch.from_numpy(self.stored[n.name])
         levels = (grid.stored(result).int() - runtime.int()).abs()
         source = self._source_of(n)
+        made_by = self.submodules.get(str(source.target))
         self.found.append(
             LayerParity(
                 name=n.name,
-                is_layer=isinstance(self.submodules.get(str(source.target)), IntegerLayer),
-                is_float=source.name in self.left_in_float
+                is_layer=isinstance(made_by, IntegerLayer),
+                is_float=isinstance(made_by, FixedLayerNorm | FixedSoftmax)
+                or source.name in self.left_in_float
                 or str(source.target) in self.left_in_float,
                 differing=int((levels > 0).sum()),
                 total=levels.numel(),

@@ -14,11 +14,19 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
-from sparkir.quant.layers import GlobalAverage
-from sparkir.quant.reference import IntegerLayer, IntegerQuantizer
+from sparkir.quant.arithmetic import Quantized
+from sparkir.quant.fixed import FixedLayerNorm, FixedSoftmax
+from sparkir.quant.layers import Call, GlobalAverage, MatrixProduct
+from sparkir.quant.prepare import placement_of
+from sparkir.quant.reference import IntegerLayer, IntegerLinear, IntegerQuantizer
+from sparkir.quant.steps import grid_of_input
 
-_FLOAT_MODULES = (nn.Conv2d, nn.ConvTranspose2d, nn.Linear, nn.Softmax)
+_FLOAT_MODULES = (nn.Conv2d, nn.ConvTranspose2d, nn.Linear, nn.Softmax)  # and what is derived
 _FLOAT_FUNCTIONS = (F.conv2d, F.conv_transpose2d, F.linear, F.softmax, torch.softmax, "softmax")
+_RESHAPES = {
+    *(Tensor.flatten, Tensor.reshape, Tensor.unflatten, Tensor.view),
+    *(torch.flatten, torch.reshape, torch.unflatten),
+}
 
 
 @torch.library.custom_op("sparkir::qdq", mutates_args=())
@@ -77,10 +85,21 @@ class QdqGrid(nn.Module):
 class QdqLayer(nn.Module):
     """A layer over real values whose weights and bias are dequantized integers."""
 
-    def __init__(self, layer: IntegerLayer) -> None:
-        """The same layer."""
+    def __init__(
+        self, layer: IntegerLayer, *, in_rows: bool = True, adds_bias: bool = False
+    ) -> None:
+        """The same layer.
+
+        Args:
+            layer: of the integer network.
+            in_rows: a linear layer takes all pixels as one matrix. As a product of a tensor and a
+                matrix, ONNX Runtime would add its bias in float.
+            adds_bias: a convolution's bias is added behind it. As a part of it, OpenVINO gives
+                the first's to all channels where a network has a matrix product behind a reshaping.
+        """
         super().__init__()
-        self.layer = layer
+        self.layer, self.in_rows = layer, in_rows
+        self.adds_bias = adds_bias and layer.weight.dim() == 4 and layer.bias is not None
         # Without a zero point, even of zeros, ONNX Runtime keeps a Gemm in floating point.
         zero = layer.weight.new_zeros(len(layer.weight)) if layer.weight.dim() == 2 else None
         self.register_buffer("zero", zero)
@@ -89,11 +108,36 @@ class QdqLayer(nn.Module):
         """Real values in and out."""
         layer = self.layer
         weight = dequantize(layer.weight, layer.weight_scale, self.zero)
-        bias = None if layer.bias is None else dequantize(layer.bias, layer.sum_scale)
-        if weight.dim() == 2 and x.dim() > 2:  # as a MatMul, its bias would be added in float
+        bias = None if layer.bias is None else self._bias(layer.bias)
+        if self.adds_bias:
+            return layer.apply_weights(x, weight, None) + cast("Tensor", bias)
+        if weight.dim() == 2 and x.dim() > 2 and self.in_rows:
             rows = layer.apply_weights(x.flatten(0, -2), weight, bias)
             return rows.reshape(*x.shape[:-1], -1)
         return layer.apply_weights(x, weight, bias)
+
+    def _bias(self, bias: Tensor) -> Tensor:
+        shaped = bias.view(-1, 1, 1) if self.adds_bias else bias
+        return cast("Tensor", dequantize(shaped, self.layer.sum_scale))
+
+
+class OnIntegers(nn.Module):
+    """An operation of fixed bits, whose integers are found again behind the pair that made them."""
+
+    scale: Tensor
+    zero: Tensor
+
+    def __init__(self, operation: nn.Module, grid: IntegerQuantizer) -> None:
+        """Wrap `operation`, which reads `grid`."""
+        super().__init__()
+        self.operation = operation
+        self.register_buffer("scale", grid.scale)
+        self.register_buffer("zero", grid.zero_point)
+
+    def forward(self, x: Tensor, *rest: object) -> Tensor:
+        """Real values in and out."""
+        ints = (x / self.scale).round()
+        return cast("Tensor", self.operation(Quantized(ints, self.scale, self.zero), *rest))
 
 
 class QdqAverage(nn.Module):
@@ -107,17 +151,37 @@ class QdqAverage(nn.Module):
 def to_qdq(frozen: fx.GraphModule) -> fx.GraphModule:
     """A copy of an integer network in QDQ form."""
     view: Any = copy.deepcopy(frozen)
+    find_integers(view)
+    fuses = placement_of(frozen).spec.runs_on.fuses
+    words: Any = {"in_rows": not fuses, "adds_bias": fuses and _multiplies_reshaped(view)}
     for name, module in list(view.named_modules()):
         if isinstance(module, IntegerQuantizer):
             view.set_submodule(name, QdqGrid(module))
         elif isinstance(module, IntegerLayer):
-            view.set_submodule(name, QdqLayer(module))
+            view.set_submodule(name, QdqLayer(module, **words))
         elif isinstance(module, GlobalAverage):
             view.set_submodule(name, QdqAverage())
     for call in grid_calls(view):
         call.args = (*call.args, call.name)
     _keep_in_float(view)
     return cast("fx.GraphModule", view)
+
+
+def _multiplies_reshaped(view: fx.GraphModule) -> bool:
+    """Whether a network reshapes tensors and multiplies matrices."""
+    modules = list(view.modules())
+    reshapes = any(isinstance(m, Call) and m.function in _RESHAPES for m in modules)
+    return reshapes and any(isinstance(m, IntegerLinear | MatrixProduct) for m in modules)
+
+
+def find_integers(view: fx.GraphModule) -> None:
+    """Let operations of fixed bits have the integers of the grid that they read."""
+    modules = dict(view.named_modules())
+    for node in view.graph.nodes:
+        operation = modules.get(str(node.target)) if node.op == "call_module" else None
+        if isinstance(operation, FixedLayerNorm | FixedSoftmax):
+            grid = cast("IntegerQuantizer", modules[grid_of_input(node, modules)])
+            view.set_submodule(str(node.target), OnIntegers(operation, grid))
 
 
 def _keep_in_float(view: fx.GraphModule) -> None:

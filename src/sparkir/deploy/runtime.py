@@ -116,7 +116,8 @@ def _openvino_operators(model: onnx.ModelProto) -> list[_Operator]:
         )
         if kind in _NO_WORK or kernel.startswith(("unknown", "ref_any", "ref_i")):
             continue  # constants, and arithmetic on shapes
-        layer = next((n for n in names.split(",") if n in _layer_names(model)), "")
+        parts = [name.partition("/")[0] for name in names.split(",")]
+        layer = next((name for name in parts if name in _layer_names(model)), "")
         found.append(
             _Operator(
                 name=layer or names,

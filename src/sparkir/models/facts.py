@@ -83,6 +83,21 @@ def thirds(names: Sequence[str]) -> tuple[str, ...]:
     return tuple(names[end - 1] for end in ends)
 
 
+def require_counts(network: str, **options: object) -> None:
+    """Refuse an option that is no list of whole numbers from 1 on.
+
+    Raises:
+        SparkirError: naming the option.
+    """
+    for option, value in options.items():
+        counts = list(value) if isinstance(value, Sequence) else []
+        if not counts or not all(type(count) is int and count >= 1 for count in counts):
+            raise SparkirError(
+                f"option {option!r} of network {network!r} must be a list of whole numbers >= 1, "
+                f"got {value!r}"
+            )
+
+
 def facts_of(network: nn.Module) -> ModelFacts:
     """Return the facts that a network carries.
 

@@ -18,11 +18,13 @@ from sparkir.models.facts import ModelFacts
 from sparkir.models.fmen import FMEN
 from sparkir.models.imdn import IMDN
 from sparkir.models.mirnet import MIRNet
+from sparkir.models.nafnet import NAFNet
 from sparkir.models.plainusr import PlainUSR
 from sparkir.models.rfdn import RFDN
 from sparkir.models.rlfn import RLFN
 from sparkir.models.span import SPAN
 from sparkir.models.srcnn import SRCNN
+from sparkir.models.swinir import SwinIR
 
 
 @dataclass(frozen=True)
@@ -40,11 +42,13 @@ _ENTRIES: dict[str, _Entry] = {
     "fmen": _Entry(FMEN, "FMEN, fast, light on memory, with attention at full size (NTIRE 2022)"),
     "imdn": _Entry(IMDN, "IMDN, multi-distillation, the NTIRE challenges' baseline (AIM 2019)"),
     "mirnet": _Entry(MIRNet, "MIRNet, three resolutions with dual attention (ECCV 2020)"),
+    "nafnet": _Entry(NAFNet, "NAFNet, gates instead of activation functions, 32 wide (ECCV 2022)"),
     "plainusr": _Entry(PlainUSR, "PlainUSR, plain convolutions in a U-Net of channels (ACCV 2024)"),
     "rfdn": _Entry(RFDN, "RFDN, light super-resolution with spatial attention (AIM 2020)"),
     "rlfn": _Entry(RLFN, "RLFN, fast and light, with spatial attention (NTIRE 2022)"),
     "span": _Entry(SPAN, "SPAN, attention without parameters (NTIRE 2024)"),
     "srcnn": _Entry(SRCNN, "SRCNN 9-5-5, bicubic and three convolutions (TPAMI 2016)"),
+    "swinir": _Entry(SwinIR, "SwinIR-light, attention within windows, 60 wide (ICCVW 2021)"),
 }
 # The name under which the paper and its checkpoints speak of EDSR's default size.
 _ENTRIES["edsr-baseline"] = _Entry(EDSR, "EDSR baseline: the name for edsr with its default size")

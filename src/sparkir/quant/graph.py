@@ -12,6 +12,9 @@ import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
 from sparkir.errors import SparkirError
+from sparkir.models.attention import BiasedSoftmax
+from sparkir.models.normalize import LayerNorm2d
+from sparkir.quant.fixed import is_fixed
 from sparkir.quant.forms import ConstantConv2d, InterleavedConv2d, ScaledConv2d
 from sparkir.quant.interpolate import ExactBilinear
 from sparkir.quant.layers import GlobalAverage
@@ -31,6 +34,10 @@ class Kind(Enum):
     """A function of one value: 256 entries, looked up."""
     AVERAGE = auto()
     """The mean of each channel over the image."""
+    MATRIX_PRODUCT = auto()
+    """Of two tensors of the network."""
+    FIXED = auto()
+    """In floating point, with every bit fixed."""
     RELU = auto()
     PASS = auto()
     """Moves or selects values, so the grid stays as it is."""
@@ -39,7 +46,7 @@ class Kind(Enum):
     FLOAT = auto()
     """Everything else, left in floating point."""
     NOT_A_TENSOR = auto()
-    """Sizes and the like."""
+    """Sizes and the like, and tensors that follow from them."""
 
 
 _FUNCTIONS: dict[Any, Kind] = {
@@ -60,6 +67,11 @@ _FUNCTIONS: dict[Any, Kind] = {
     F.leaky_relu: Kind.TABLE,
     F.gelu: Kind.TABLE,
     F.silu: Kind.TABLE,
+    operator.matmul: Kind.MATRIX_PRODUCT,
+    torch.matmul: Kind.MATRIX_PRODUCT,
+    torch.bmm: Kind.MATRIX_PRODUCT,
+    "matmul": Kind.MATRIX_PRODUCT,
+    "bmm": Kind.MATRIX_PRODUCT,
     F.max_pool2d: Kind.PASS,
     F.pixel_shuffle: Kind.PASS,
     F.pixel_unshuffle: Kind.PASS,
@@ -97,12 +109,17 @@ _TRANSCENDENTAL = {
     *(torch.sigmoid, F.sigmoid, "sigmoid", F.gelu, F.silu),
     *(nn.Sigmoid, nn.GELU, nn.SiLU),
 }
+_EXPONENTIAL = "an exponential needs more than 8 bits"
+_NORMALISATION = "a normalisation needs the real statistics"
 REASONS: dict[Any, str] = {
     nn.ConvTranspose2d: "it does not enlarge by its stride exactly, or has groups or dilation",
     nn.PReLU: "it has a slope for every channel, and a table only one",
-    nn.LayerNorm: "a normalisation needs the real statistics",
+    nn.LayerNorm: _NORMALISATION,
+    LayerNorm2d: _NORMALISATION,
+    F.layer_norm: _NORMALISATION,
     nn.BatchNorm2d: "fold it into its convolution first",
-    nn.Softmax: "an exponential needs more than 8 bits",
+    nn.Softmax: _EXPONENTIAL,
+    BiasedSoftmax: _EXPONENTIAL,
     F.interpolate: "interpolation makes values between grid points",
     ExactBilinear: "interpolation makes values between grid points",
     operator.sub: "ONNX Runtime has no integer subtraction",
@@ -128,8 +145,9 @@ class _Tracer(fx.Tracer):
         self.taps = set(taps)
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
-        marked = hasattr(m, "stays_in_float") or hasattr(m, "of_one_value")
-        return marked or super().is_leaf_module(m, module_qualified_name)
+        """Torch's own, and what is one operation here."""
+        whole = hasattr(m, "stays_in_float") or hasattr(m, "of_one_value") or is_fixed(m)
+        return whole or super().is_leaf_module(m, module_qualified_name)
 
     def call_module(
         self,
@@ -164,6 +182,7 @@ def trace(network: nn.Module, taps: tuple[str, ...]) -> fx.GraphModule:
         ) from error
     found: dict[str, Any] = dict(network.named_modules(remove_duplicate=False))
     found |= dict(network.named_parameters()) | dict(network.named_buffers())
+    found |= _other_tensors(network)
     found |= {f"taps.{path.replace('.', '_')}": Tap() for path in taps}
     used = {str(node.target) for node in graph.nodes if node.op in ("call_module", "get_attr")}
     root = {name: value for name, value in found.items() if name in used}
@@ -172,6 +191,16 @@ def trace(network: nn.Module, taps: tuple[str, ...]) -> fx.GraphModule:
     module.graph.eliminate_dead_code()
     module.recompile()
     return module
+
+
+def _other_tensors(network: nn.Module) -> dict[str, Tensor]:
+    """Tensors that are attributes and no buffers, or that the tracer found made from nothing."""
+    return {
+        f"{path}.{name}".removeprefix("."): value
+        for path, module in network.named_modules()
+        for name, value in vars(module).items()
+        if isinstance(value, Tensor)
+    }
 
 
 def _make_out_of_place(graph: fx.Graph, root: Mapping[str, Any]) -> None:
@@ -239,29 +268,22 @@ def classify(network: fx.GraphModule, example: Tensor) -> dict[fx.Node, Kind]:
         result = recorder.run(example)
     if not isinstance(result, Tensor):
         raise SparkirError("the network returns several values; it must return one image")
-    varying = _depends_on_input(network)
+    tensors = recorder.shapes.keys() | recorder.tuples
     kinds: dict[fx.Node, Kind] = {}
     for node in network.graph.nodes:
         if node.op == "output":
             kinds[node] = Kind.OUTPUT
-        elif node not in recorder.shapes.keys() | recorder.tuples or node not in varying:
-            kinds[node] = Kind.NOT_A_TENSOR
         elif node.op == "placeholder":
             kinds[node] = Kind.INPUT
+        elif node not in tensors or all(
+            kinds[source] is Kind.NOT_A_TENSOR for source in node.all_input_nodes
+        ):
+            kinds[node] = Kind.NOT_A_TENSOR
         elif recorder.tuples.intersection((node, *node.all_input_nodes)):
             kinds[node] = Kind.FLOAT
         else:
             kinds[node] = _kind(node, network, kinds)
     return kinds
-
-
-def _depends_on_input(network: fx.GraphModule) -> set[fx.Node]:
-    """Nodes downstream of the input; the rest are constants."""
-    varying: set[fx.Node] = set()
-    for node in network.graph.nodes:
-        if node.op == "placeholder" or any(n in varying for n in node.all_input_nodes):
-            varying.add(node)
-    return varying
 
 
 def parts_of(concatenation: fx.Node) -> list[Any]:
@@ -288,10 +310,13 @@ def _kind(node: fx.Node, network: fx.GraphModule, kinds: Mapping[fx.Node, Kind])
             return Kind.FLOAT
         if hasattr(module, "of_one_value"):
             return Kind.TABLE
+        if is_fixed(module):
+            return Kind.FIXED
         return _MODULES.get(type(module), Kind.FLOAT)
     kind = _FUNCTIONS.get(node.target, Kind.FLOAT)
     tensors = {n for n in node.all_input_nodes if kinds[n] is not Kind.NOT_A_TENSOR}
-    if kind in (Kind.ADD, Kind.MULTIPLY) and (len(tensors) != 2 or node.kwargs):
+    of_two = (Kind.ADD, Kind.MULTIPLY, Kind.MATRIX_PRODUCT)
+    if kind in of_two and (len(tensors) != 2 or node.kwargs):
         return Kind.FLOAT  # with a constant, or an addition of something with itself
     if kind is Kind.CONCATENATE and not tensors.issuperset(parts_of(node)):
         return Kind.FLOAT
@@ -334,7 +359,8 @@ def is_exponential(node: fx.Node, network: fx.GraphModule) -> bool:
 
 def reason_for_float(node: fx.Node, network: fx.GraphModule) -> str:
     """Why an operation stays in floating point."""
-    if _FUNCTIONS.get(node.target) in (Kind.ADD, Kind.MULTIPLY, Kind.CONCATENATE):
+    kind = _FUNCTIONS.get(node.target)
+    if kind in (Kind.ADD, Kind.MULTIPLY, Kind.CONCATENATE, Kind.MATRIX_PRODUCT):
         twice = len(node.args) == 2 and node.args[0] is node.args[1]
         return "its operands are one tensor" if twice else "one of its operands is a constant"
     if node.op != "call_module":

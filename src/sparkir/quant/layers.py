@@ -40,6 +40,9 @@ IMAGE_PARTS = 2**12 + 1
 """The same in steps of the image, 1/255, which no power of two divides. As the number is odd, no
 sum comes nearer to a tie than half a part, which is several times what float32 rounds away."""
 
+_EXACT_TERMS = 2**8
+"""Products of two 8-bit numbers that add up exactly in float32."""
+
 
 class QuantLayer(nn.Module):
     """What convolution and linear layers share: weight and bias on the runtime's grids."""
@@ -200,6 +203,21 @@ class Multiply(nn.Module):
         if isinstance(a, Tensor):
             return a * cast("Tensor", b)
         return Product(a, cast("Quantized", b))
+
+
+class MatrixProduct(nn.Module):
+    """A product of two matrices that both flow; the grid of the result comes next."""
+
+    def forward(self, a: Quantized | Tensor, b: Quantized | Tensor) -> Accumulated | Tensor:
+        """(..., m, k) and (..., k, n) -> sums (..., m, n)."""
+        if isinstance(a, Tensor):
+            return a @ cast("Tensor", b)
+        other = cast("Quantized", b)
+        if self.training or a.ints.shape[-1] <= _EXACT_TERMS:
+            sums = a.ints @ other.ints
+        else:
+            sums = (a.ints.double() @ other.ints.double()).float()
+        return Accumulated(sums, a.scale * other.scale)
 
 
 class Concatenate(nn.Module):

@@ -22,6 +22,7 @@ from torch import Tensor, fx, nn
 
 from sparkir.errors import SparkirError
 from sparkir.models.facts import ModelFacts, facts_of
+from sparkir.quant.fixed import fixed
 from sparkir.quant.graph import (
     Kind,
     classify,
@@ -41,6 +42,7 @@ from sparkir.quant.layers import (
     Concatenate,
     Dequantize,
     GlobalAverage,
+    MatrixProduct,
     Multiply,
     PassThrough,
     QuantConv2d,
@@ -94,7 +96,8 @@ def placement_of(network: nn.Module) -> Placement:
 
 
 _FLOAT, _SUMS, _IMAGE, _CARRIER = (_Request(w) for w in ("float", "sums", "image", "bits"))
-_WRITES_A_GRID = {Kind.LAYER, Kind.ADD, Kind.MULTIPLY, Kind.TABLE, Kind.CONCATENATE, Kind.AVERAGE}
+_WRITES_A_GRID = {Kind.LAYER, Kind.ADD, Kind.MULTIPLY, Kind.TABLE, Kind.CONCATENATE}
+_WRITES_A_GRID |= {Kind.AVERAGE, Kind.MATRIX_PRODUCT}
 _PASSES = {Kind.PASS, Kind.RELU, Kind.TAP}
 _ABSORBS_RELU = {Kind.LAYER, Kind.ADD, Kind.MULTIPLY}
 
@@ -233,6 +236,8 @@ class _Plan:
                 return _FLOAT if self.spec.runs_on.int8_only else _IMAGE
             case Kind.FLOAT:
                 return _FLOAT
+            case Kind.FIXED:
+                return _CARRIER
             case _:
                 return _FLOAT if self.fuses and node not in self.from_tables else _CARRIER
 
@@ -274,7 +279,7 @@ class _Plan:
         """
         found = {n for n in self.tensors if n in self.from_tables or is_exponential(n, module)}
         for node in self.tensors if self.fuses else []:
-            if self.kinds[node] in (Kind.MULTIPLY, Kind.AVERAGE):
+            if self.kinds[node] in (Kind.MULTIPLY, Kind.MATRIX_PRODUCT, Kind.AVERAGE):
                 found.update(self._maker(source) for source in self.tensor_inputs(node))
         return found
 
@@ -416,6 +421,10 @@ class _Rewriter:
                 self._become(node, Table(self._operation(node)))
             case Kind.AVERAGE:
                 self._become(node, GlobalAverage())
+            case Kind.MATRIX_PRODUCT:
+                self._become(node, MatrixProduct())
+            case Kind.FIXED:
+                self._fix(node)
             case Kind.RELU if node in self.plan.absorbed:
                 self._become(node, AbsorbedReLU())
             case Kind.PASS:
@@ -508,6 +517,13 @@ class _Rewriter:
             operation = Call(_function(node))
         self._become(node, PassThrough(operation))
         node.args, node.kwargs = args, words
+
+    def _fix(self, node: fx.Node) -> None:
+        """Let a normalisation or a softmax read integers; its other arguments stay."""
+        name, rest = str(node.target), node.args[1:]
+        self.placement.left_in_float[name] = reason_for_float(node, self.module)
+        self._become(node, fixed(self.module.get_submodule(name)))
+        node.args = (*node.all_input_nodes[:1], *rest)
 
     def _become(
         self, node: fx.Node, module: nn.Module, inputs: Sequence[fx.Node] | None = None

@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
 from sparkir.quant.arithmetic import Accumulated, Quantized, Value, quantize
+from sparkir.quant.fixed import FixedSoftmax
 from sparkir.quant.layers import QuantConv2d, QuantLayer, Table, as_constant
 from sparkir.quant.prepare import carry_facts, placement_of
 from sparkir.quant.quantizer import ActivationQuantizer
@@ -167,10 +168,25 @@ def freeze(student: fx.GraphModule) -> fx.GraphModule:
             source = grids[grid_of_input(node, modules)]
             kind = IntegerConv2d if isinstance(module, QuantConv2d) else IntegerLinear
             frozen.set_submodule(name, kind(cast("Any", module), name, source))
+        elif isinstance(module, FixedSoftmax):
+            _keep_biases(frozen, node, module, grids[grid_of_input(node, modules)])
         elif isinstance(module, Table):
             frozen.set_submodule(name, Table(as_constant(module.operation)))
+    frozen.graph.eliminate_dead_code()
+    frozen.recompile()
     carry_facts(student, frozen)
     return cast("fx.GraphModule", frozen)
+
+
+def _keep_biases(
+    frozen: fx.GraphModule, node: fx.Node, softmax: FixedSoftmax, source: IntegerQuantizer
+) -> None:
+    """Give a softmax its table of biases, rounded to parts of the step of `source`."""
+    scores, table, *rest = node.args
+    owner, _, name = str(cast("fx.Node", table).target).rpartition(".")
+    learned = getattr(frozen.get_submodule(owner), name)
+    softmax.levels = softmax.rounded(learned, source.scale)
+    node.args = (scores, None, *rest)
 
 
 def same_weights(frozen: nn.Module) -> list[list[str]]:

@@ -21,18 +21,21 @@ from collections.abc import Iterator
 
 from torch import fx, nn
 
+from sparkir.quant.fixed import FixedLayerNorm, FixedSoftmax
 from sparkir.quant.graph import Tap
 from sparkir.quant.layers import (
     AbsorbedReLU,
     Add,
     Concatenate,
     Dequantize,
+    MatrixProduct,
     Multiply,
     PassThrough,
     QuantLayer,
 )
 from sparkir.quant.quantizer import ActivationQuantizer
 
+_IN_POWERS_OF_TWO = (Add, Multiply, MatrixProduct, FixedLayerNorm, FixedSoftmax)
 _MOVES = (Tap, PassThrough, Concatenate)
 
 
@@ -67,10 +70,10 @@ def _restrict_grid(node: fx.Node, grid: ActivationQuantizer, modules: dict[str, 
     for reader in _readers(node, modules, *_MOVES):
         module = _module(reader, modules)
         added = isinstance(module, Dequantize) and any(
-            isinstance(_module(user, modules), Add | Multiply)
+            isinstance(_module(user, modules), _IN_POWERS_OF_TWO)
             for user in _readers(reader, modules, *_MOVES)
         )
-        if isinstance(module, Add | Multiply) or added:
+        if isinstance(module, _IN_POWERS_OF_TWO) or added:
             grid.power_of_two = True
         if isinstance(module, QuantLayer) and module.flows_to:
             grid.power_of_two = True
