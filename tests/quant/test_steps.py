@@ -28,10 +28,12 @@ def test_powers_of_two_are_exact_and_near():
 
 def test_multiples_are_exact_odd_and_never_nothing():
     scale, unit = torch.tensor([1e-9, 0.1, 0.30000001, 7.0]), torch.tensor(2.0**-10)
-    multiple = to_multiple(scale, unit)
-    assert torch.equal((multiple / unit) % 2, torch.ones(4))
-    assert multiple[0] == unit
-    assert ((multiple - scale)[1:].abs() <= unit).all()
+    odd, any_ = to_multiple(scale, unit, odd=True), to_multiple(scale, unit, odd=False)
+    assert torch.equal((odd / unit) % 2, torch.ones(4))
+    assert torch.equal((any_ / unit).round(), any_ / unit)
+    assert odd[0] == any_[0] == unit
+    assert ((odd - scale)[1:].abs() <= unit).all()
+    assert ((any_ - scale)[1:].abs() <= unit / 2).all()
 
 
 def test_sums_of_odd_parts_are_ties_only_where_they_are_large():

@@ -201,13 +201,16 @@ def to_power_of_two(scale: Tensor) -> Tensor:
     return nearest * (scale / scale.detach())  # exact: the ratio is 1
 
 
-def to_multiple(scale: Tensor, unit: Tensor) -> Tensor:
-    """The nearest odd multiple of `unit`, with the gradient of `scale`.
+def to_multiple(scale: Tensor, unit: Tensor, *, odd: bool) -> Tensor:
+    """The nearest multiple of `unit`, at least one, with the gradient of `scale`.
 
-    Of an odd number of parts, sums land half-way between two steps only where a whole number of
-    2**14 sums up; of an even number, again and again, and not every kernel rounds those alike.
+    Where a step has 2**15 such parts, an `odd` multiple keeps sums away from ties: they land
+    half-way between two steps only as multiples of 2**14. Of an even number of parts they would
+    again and again, and not every kernel rounds those alike.
     """
-    nearest = (2 * ((scale / unit).detach() / 2 - 0.5).round().clamp_min(0) + 1) * unit.detach()
+    parts = (scale / unit).detach()
+    nearest = 2 * (parts / 2 - 0.5).round().clamp_min(0) + 1 if odd else parts.round().clamp_min(1)
+    nearest = nearest * unit.detach()
     return nearest * (scale / scale.detach())
 
 

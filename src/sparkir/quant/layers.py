@@ -92,7 +92,9 @@ class QuantLayer(nn.Module):
         scale = self.weight_quantizer.scale()
         if self.flows_to:
             unit = torch.stack([_part_of(grid) for grid in self.flows_to]).min()
-            return to_multiple(scale * input_scale.detach(), unit) / input_scale.detach()
+            # The image's step has an odd number of parts, and no ties.
+            odd = any(grid.image_step is None for grid in self.flows_to)
+            return to_multiple(scale * input_scale.detach(), unit, odd=odd) / input_scale.detach()
         if self.writes is not None:
             ratio = (input_scale * scale / self.writes[0].scale()).detach()
             return scale * (to_odd_fraction(ratio) / ratio)
