@@ -19,11 +19,12 @@ PAPER = (
     "degraded,teacher,float,ptq,qat,truth,kd,kd-mse@1,fakd,slkd,"
     "constant:spark-paper,random:spark-paper,spark-paper,spark"
 )
+EIGHT_BITS = PAPER.replace("random:spark-paper", "kd-matched")
 CONTROLS = (
     "degraded,teacher,float,ptq,qat,truth,kd,kd-mse@1,kd-mse@20,kd-mse@100,kd-matched,"
     "fixed:student_error,constant:spark-paper,random:spark-paper,spark-paper,random:spark,spark"
 )
-FEW = "degraded,teacher,ptq,qat,truth,kd,kd-mse@20,kd-matched,spark-paper,random:spark,spark"
+FEW = "degraded,teacher,ptq,qat,truth,kd-matched,spark-paper,spark"
 
 
 @dataclass(frozen=True)
@@ -45,11 +46,15 @@ LOW_LIGHT = (
     "data.train={data}/tasks/lowlight_LOL_train",
     "data.test={data}/tasks/lowlight_LOL_eval15",
 )
-TAUGHT = "teacher.weights={out}/teacher-lol/student.safetensors"
-RFDN = ("train.compile=true", "train.teacher_cache=true")
+TAUGHT = "teacher.weights={out}/teacher-twin-mirnet-lol/student.safetensors"
+STARTED = "student.weights={out}/float-twin-dncnn-lol/student.safetensors"
 RUNS = {
-    "lol-dncnn": Run("twin-mirnet-dncnn-lol", PAPER, (*LOW_LIGHT, TAUGHT)),
-    "rfdn-x4-w8a8": Run("twin-rfdn-rfdn-x4", PAPER, (*SR, *RFDN, "train.steps=150")),
+    "lol-dncnn": Run(
+        "twin-mirnet-dncnn-lol", PAPER, (*LOW_LIGHT, TAUGHT, STARTED, "train.steps=300")
+    ),
+    "rfdn-x4-w8a8": Run(
+        "twin-rfdn-rfdn-x4", EIGHT_BITS, (*SR, "train.steps=100", "train.compile=true")
+    ),
     "rfdn-x4-w4a4": Run(str(HERE / "rfdn-x4.toml"), CONTROLS, SR),
     "rfdn-x4-w2a2": Run(
         str(HERE / "rfdn-x4.toml"), FEW, (*SR, "quant.weight_bits=2", "quant.activation_bits=2")
@@ -64,7 +69,7 @@ def sparkir(*arguments: str | Path) -> None:
 
 
 def main() -> None:
-    """Train the low-light teacher and then every method, and keep the tables."""
+    """Train the low-light networks, and then every method, and keep the tables."""
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("data", type=Path)
     parser.add_argument("photographs", type=Path)
@@ -75,7 +80,8 @@ def main() -> None:
     for name in chosen.runs:
         run, made = RUNS[name], chosen.out / name
         if TAUGHT in run.settings:
-            train_teacher(chosen.out / "teacher-lol", places)
+            train("teacher-twin-mirnet-lol", "train.channels_last=true", places=places)
+            train("float-twin-dncnn-lol", places=places)
         settings = [word for text in run.settings for word in ("--set", text.format(**places))]
         sparkir(
             "compare",
@@ -91,14 +97,14 @@ def main() -> None:
         keep(made, HERE / name, places)
 
 
-def train_teacher(folder: Path, places: dict[str, Path]) -> None:
-    """The twin's MIRNet, once."""
+def train(recipe: str, *more: str, places: dict[str, Path]) -> None:
+    """A float network for low light, once."""
+    folder = places["out"] / recipe
     if (folder / "report.md").is_file():
         return
     resume = ("--resume",) if folder.is_dir() else ()
-    given = (*LOW_LIGHT, "train.channels_last=true")
-    settings = [word for text in given for word in ("--set", text.format(**places))]
-    sparkir("distill", "teacher-twin-mirnet-lol", *settings, "--out", folder, *resume)
+    settings = [word for text in (*LOW_LIGHT, *more) for word in ("--set", text.format(**places))]
+    sparkir("distill", recipe, *settings, "--out", folder, *resume)
 
 
 def keep(made: Path, record: Path, places: dict[str, Path]) -> None:
