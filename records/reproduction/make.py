@@ -9,6 +9,7 @@ CID22 (55) and BSDS500's train and test splits (399).
 """
 
 import argparse
+import re
 import subprocess
 import sys
 from dataclasses import dataclass
@@ -24,6 +25,7 @@ CONTROLS = (
     "degraded,teacher,float,ptq,qat,truth,kd,kd-mse@1,kd-mse@20,kd-mse@100,kd-matched,"
     "fixed:student_error,constant:spark-paper,random:spark-paper,spark-paper,random:spark,spark"
 )
+BASELINES = ("truth", "kd", "kd-mse@1", "constant:spark-paper", "random:spark-paper", "float")
 FEW = "degraded,teacher,ptq,qat,truth,kd-matched,spark-paper,spark"
 
 
@@ -83,17 +85,12 @@ def main() -> None:
             train("teacher-twin-mirnet-lol", "train.channels_last=true", places=places)
             train("float-twin-dncnn-lol", places=places)
         settings = [word for text in run.settings for word in ("--set", text.format(**places))]
-        sparkir(
-            "compare",
-            run.recipe,
-            *settings,
-            "--methods",
-            run.methods,
-            "--seeds",
-            "3",
-            "--out",
-            made,
-        )
+        methods = ("--methods", run.methods, "--seeds", "3", "--out", made)
+        for baseline in (*BASELINES, "qat"):  # once they are trained, this only writes the tables
+            if baseline in run.methods.split(","):
+                sparkir("compare", run.recipe, *settings, *methods, "--baseline", baseline)
+                to = made / f"to-{re.sub('[:@]', '-', baseline)}.md"
+                to.write_text((made / "comparison.md").read_text("utf-8"), "utf-8")
         keep(made, HERE / name, places)
 
 
@@ -110,7 +107,7 @@ def train(recipe: str, *more: str, places: dict[str, Path]) -> None:
 def keep(made: Path, record: Path, places: dict[str, Path]) -> None:
     """The tables, without where things lay."""
     record.mkdir(exist_ok=True)
-    for file in made.glob("comparison.*"):
+    for file in (*made.glob("comparison.*"), *made.glob("to-*.md")):
         text = file.read_text("utf-8")
         for place in places.values():
             text = text.replace(f"{place}/", "").replace(str(place), "photographs")
