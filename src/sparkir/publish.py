@@ -11,6 +11,7 @@ from typing import Any
 from sparkir.assemble import Report, load_student, recipe_of_student, silent
 from sparkir.data.atomic import atomic_folder
 from sparkir.data.codec import one_line
+from sparkir.data.layouts import set_name
 from sparkir.deploy.card import Card, read_card
 from sparkir.deploy.hub import Listing, download, list_files, require_repo_name, upload
 from sparkir.deploy.hub_card import hub_readme
@@ -75,7 +76,7 @@ def shipment_of(folder: Path, repo: str, *, licence: str = "") -> Shipment:
             training=recipe.to_toml(),
             licence=recipe.data.licence,
         )
-        readme = _readme(folder, card, repo, Path(recipe.data.test).name, licence)
+        readme = _readme(folder, card, repo, set_name(Path(recipe.data.test)), licence)
         files["README.md"] = readme.encode()
     return Shipment(files=files, notes=notes)
 

@@ -20,7 +20,7 @@ from pydantic import (
     model_validator,
 )
 
-from sparkir.errors import SparkirError
+from sparkir.errors import SparkirError, did_you_mean
 from sparkir.quant.spec import QuantSpec
 from sparkir.spark.weighting import weightings
 
@@ -404,9 +404,7 @@ def _keys_of(place: Sequence[str]) -> list[str]:
 
 
 def _unknown(what: str, name: str, known: Sequence[str]) -> str:
-    near = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
-    hint = f"did you mean {near[0]!r}?" if near else f"known: {', '.join(known)}"
-    return f"unknown {what} {name!r}; {hint}"
+    return f"unknown {what} {name!r}; {did_you_mean(name, known, cutoff=0.5)}"
 
 
 def _flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:

@@ -9,7 +9,6 @@ from __future__ import annotations
 import copy
 import json
 import platform
-import re
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
@@ -26,7 +25,6 @@ from sparkir.assemble import (
     calibrate_student,
     convention_of,
     gather,
-    quantize_student,
     save_student,
     silent,
     task_of,
@@ -55,9 +53,10 @@ from sparkir.measure import (
 )
 from sparkir.quant.calibrate import leave_in_float
 from sparkir.quant.fused import require_compiler
+from sparkir.quant.prepare import prepare
 from sparkir.quant.reference import freeze
 from sparkir.recipe import Recipe, WeightingChoice, differences, load
-from sparkir.report.events import EventLog
+from sparkir.report.events import EventLog, training_folder
 from sparkir.report.table import Row, to_markdown
 from sparkir.spark.weighting import Weighting
 from sparkir.teacher import teacher_outputs
@@ -168,7 +167,11 @@ def training_of(
     torch.manual_seed(recipe.seed)
     student = copy.deepcopy(materials.student)
     if recipe.quant is not None:
-        student = quantize_student(student, recipe.quant, materials.crops)
+        student = prepare(student, recipe.quant)
+        if recipe.train.float_steps:
+            leave_in_float(student, on=True)  # its grids are set when rounding begins
+        else:
+            calibrate_student(student, recipe.quant, materials.crops)
         if recipe.train.compile:
             require_compiler(device_of(student))
     if _channels_last(recipe, device_of(student)):
@@ -431,7 +434,7 @@ def _train_methods(
     trained = []
     for variant in [*variants, recipe]:
         name = method_name(variant)
-        where = folder / "training" / re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")
+        where = folder / "training" / training_folder(name)
         trained.append(
             train_student(
                 variant,

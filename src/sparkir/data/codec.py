@@ -78,7 +78,7 @@ def write_png(path: Path, image: UInt8[np.ndarray, "h w 3"]) -> None:
         ) from error
 
 
-def one_line(error: Exception) -> str:
+def one_line(error: BaseException) -> str:
     """An exception's reason on one line: no line breaks, no error number, no path."""
     text = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
     return " ".join(text.split()) or type(error).__name__

@@ -175,7 +175,7 @@ def _explained(repo: str) -> Iterator[None]:
     try:
         yield
     except errors.HFValidationError as error:
-        raise SparkirError(f"{repo!r} is no name of a repository: {_line(error)}") from error
+        raise SparkirError(f"{repo!r} is no name of a repository: {one_line(error)}") from error
     except errors.RevisionNotFoundError as error:
         raise SparkirError(f"{repo} has no such revision; give a branch, tag or commit") from error
     except errors.GatedRepoError as error:
@@ -189,23 +189,20 @@ def _explained(repo: str) -> Iterator[None]:
     except errors.HfHubHTTPError as error:
         raise SparkirError(_refusal(error, repo)) from error
     except RuntimeError as error:  # how one of the threads that send large files ends
-        raise SparkirError(f"{_line(error)} {_line(error.__cause__ or error)}") from error
+        raise SparkirError(f"{one_line(error)} {one_line(error.__cause__ or error)}") from error
     except (httpx2.RequestError, errors.LocalEntryNotFoundError, ConnectionError) as error:
+        reason = one_line(error.__cause__ or error)
         raise SparkirError(
-            f"the Hub cannot be reached: {_line(error.__cause__ or error)}; check the network, or "
+            f"the Hub cannot be reached: {reason}; check the network, or "
             "HF_ENDPOINT and HF_HUB_OFFLINE if they are set, and give the command again"
         ) from error
 
 
 def _refusal(error: Exception, repo: str) -> str:
     status = error.response.status_code  # type: ignore[attr-defined]
-    reason = getattr(error, "server_message", None) or _line(error)
+    reason = getattr(error, "server_message", None) or one_line(error)
     if status == 401:
         return f"the Hub does not accept your token ({reason}); {_LOGIN}"
     if status == 403:
         return f"you may not write to {repo} ({reason}); take a token with write access to it"
     return f"the Hub refuses ({status}): {reason}"
-
-
-def _line(error: BaseException) -> str:
-    return " ".join(str(error).split()) or type(error).__name__

@@ -7,7 +7,6 @@ same values.
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING
 
@@ -20,7 +19,7 @@ _FOUR_BITS, _TWO_BITS = (-8, 7), (-2, 1)
 _PACKED = "weights.int2"
 
 
-def make_small(model: onnx.ModelProto, alike: Iterable[Sequence[str]] = ()) -> None:
+def make_small(model: onnx.ModelProto, alike: Iterable[Sequence[str]]) -> None:
     """Pack the weights, name layers as the network does, and drop what says nothing.
 
     `alike` groups the layers whose weights are the same and stored once, in order of execution.
@@ -34,8 +33,8 @@ def make_small(model: onnx.ModelProto, alike: Iterable[Sequence[str]] = ()) -> N
 def _name_after_layers(model: onnx.ModelProto, alike: Iterable[Sequence[str]]) -> None:
     """Call each convolution as its module, and its constants after that.
 
-    The exporter keeps equal constants once. Layers of equal weights are told apart by the names in
-    their group, or by a number, for no two nodes may have one name.
+    The exporter keeps equal constants once, so layers of equal weights take turns at the names of
+    their group: no two nodes may have one name.
     """
     waiting = {name: group for group in map(list, alike) for name in tuple(group)}
     names = {tensor.name: tensor.name.replace(".layer.", ".") for tensor in model.graph.initializer}
@@ -45,15 +44,12 @@ def _name_after_layers(model: onnx.ModelProto, alike: Iterable[Sequence[str]]) -
         for node in model.graph.node
         if node.op_type == "DequantizeLinear" and node.input[0].endswith(".weight")
     }
-    calls: Counter[str] = Counter()
     for node in model.graph.node:
         if node.op_type == "Transpose" and node.input[0] in weights:
             weights[node.output[0]] = weights[node.input[0]]
         if len(node.input) > 1 and node.input[1] in weights:
             name = weights[node.input[1]]
-            name = waiting[name].pop(0) if waiting.get(name) else name
-            calls[name] += 1
-            node.name = name if calls[name] == 1 else f"{name}#{calls[name]}"
+            node.name = waiting[name].pop(0)
 
 
 def _derive_bias_steps(model: onnx.ModelProto) -> None:

@@ -22,7 +22,7 @@ from sparkir.deploy.session import TITLES, Runtime, open_session
 from sparkir.errors import SparkirError
 from sparkir.models.facts import facts_of
 from sparkir.quant.arithmetic import Quantized
-from sparkir.quant.fixed import FixedLayerNorm, FixedSoftmax
+from sparkir.quant.fixed import Fixed
 from sparkir.quant.graph import Tap
 from sparkir.quant.layers import AbsorbedReLU
 from sparkir.quant.prepare import placement_of
@@ -216,7 +216,7 @@ class _TeacherForced(fx.Interpreter):
             LayerParity(
                 name=n.name,
                 is_layer=isinstance(made_by, IntegerLayer),
-                is_float=isinstance(made_by, FixedLayerNorm | FixedSoftmax)
+                is_float=isinstance(made_by, Fixed)
                 or source.name in self.left_in_float
                 or str(source.target) in self.left_in_float,
                 differing=int((levels > 0).sum()),

@@ -15,14 +15,15 @@ import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
 from sparkir.quant.arithmetic import Quantized
-from sparkir.quant.fixed import FixedLayerNorm, FixedSoftmax
+from sparkir.quant.fixed import Fixed
+from sparkir.quant.graph import is_exponential
 from sparkir.quant.layers import Call, GlobalAverage, MatrixProduct
 from sparkir.quant.prepare import placement_of
 from sparkir.quant.reference import IntegerLayer, IntegerLinear, IntegerQuantizer
 from sparkir.quant.steps import grid_of_input
 
-_FLOAT_MODULES = (nn.Conv2d, nn.ConvTranspose2d, nn.Linear, nn.Softmax)  # and what is derived
-_FLOAT_FUNCTIONS = (F.conv2d, F.conv_transpose2d, F.linear, F.softmax, torch.softmax, "softmax")
+_FLOAT_MODULES = (nn.Conv2d, nn.ConvTranspose2d, nn.Linear)  # and what is derived
+_FLOAT_FUNCTIONS = (F.conv2d, F.conv_transpose2d, F.linear)
 _RESHAPES = {
     *(Tensor.flatten, Tensor.reshape, Tensor.unflatten, Tensor.view),
     *(torch.flatten, torch.reshape, torch.unflatten),
@@ -179,7 +180,7 @@ def find_integers(view: fx.GraphModule) -> None:
     modules = dict(view.named_modules())
     for node in view.graph.nodes:
         operation = modules.get(str(node.target)) if node.op == "call_module" else None
-        if isinstance(operation, FixedLayerNorm | FixedSoftmax):
+        if isinstance(operation, Fixed):
             grid = cast("IntegerQuantizer", modules[grid_of_input(node, modules)])
             view.set_submodule(str(node.target), OnIntegers(operation, grid))
 
@@ -194,7 +195,8 @@ def _keep_in_float(view: fx.GraphModule) -> None:
     largest = torch.finfo(torch.float32).max
     for node in view.graph.nodes:
         module = view.get_submodule(str(node.target)) if node.op == "call_module" else None
-        if isinstance(module, _FLOAT_MODULES) or node.target in _FLOAT_FUNCTIONS:
+        weighs = isinstance(module, _FLOAT_MODULES) or node.target in _FLOAT_FUNCTIONS
+        if weighs or is_exponential(node, view):
             source = node.all_input_nodes[0]
             with view.graph.inserting_before(node):
                 bounded = view.graph.call_function(torch.clamp, (source, -largest, largest))

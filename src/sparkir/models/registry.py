@@ -1,6 +1,5 @@
 """Networks by name: the shipped ones, and the user's own as ``package.module:function``."""
 
-import difflib
 import importlib
 import inspect
 from collections.abc import Callable, Mapping
@@ -9,7 +8,7 @@ from typing import Any
 
 from torch import nn
 
-from sparkir.errors import SparkirError
+from sparkir.errors import SparkirError, did_you_mean
 from sparkir.models.bsrn import BSRN, BSRNS
 from sparkir.models.carn import CARNM
 from sparkir.models.dncnn import DnCNN
@@ -80,8 +79,7 @@ def build(name: str, /, **options: Any) -> nn.Module:  # noqa: ANN401 - they com
     if ":" in name:
         return _build_external(name, options)
     if name not in _ENTRIES:
-        nearest = difflib.get_close_matches(name.lower(), _ENTRIES, n=1)
-        hint = f"did you mean {nearest[0]!r}?" if nearest else f"known: {', '.join(available())}"
+        hint = did_you_mean(name.lower(), list(available()))
         raise SparkirError(f"no network is called {name!r}; {hint}")
     builder = _ENTRIES[name].builder
     _check_options(name, builder, options)

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
+from sparkir.data.codec import one_line
 from sparkir.errors import SparkirError
 from sparkir.models.checkpoint import read_checkpoint, require_finite
 from sparkir.models.facts import ModelFacts
@@ -81,7 +82,7 @@ def recognised(path: Path) -> Recognised:
             "`sparkir models` lists, or of your own? Then name that"
         ) from error
     except _BROKEN as error:
-        reason = " ".join(str(error).split())[:200]
+        reason = one_line(error)[:200]
         raise SparkirError(f"spandrel cannot load {path}: {reason}; is the file whole?") from error
     name = descriptor.architecture.name
     if not isinstance(descriptor, spandrel.ImageModelDescriptor):

@@ -32,14 +32,18 @@ def is_fixed(layer: nn.Module) -> bool:
     return isinstance(layer, BiasedSoftmax)
 
 
-def fixed(layer: nn.Module) -> FixedLayerNorm | FixedSoftmax:
+class Fixed(nn.Module):
+    """An operation that reads integers of a grid, (ints, step), and makes real values."""
+
+
+def fixed(layer: nn.Module) -> Fixed:
     """`layer`, for which `is_fixed` holds, with its parameters."""
     if isinstance(layer, nn.LayerNorm):
         return FixedLayerNorm(layer)
     return FixedSoftmax(cast("BiasedSoftmax", layer))
 
 
-class FixedLayerNorm(nn.Module):
+class FixedLayerNorm(Fixed):
     """Layer normalisation over the last dimension, or the channels of (B, C, H, W)."""
 
     def __init__(self, layer: nn.LayerNorm) -> None:
@@ -81,7 +85,7 @@ def _inverse(x: Tensor) -> Tensor:
     return torch.div(x.new_ones(()), x)
 
 
-class FixedSoftmax(nn.Module):
+class FixedSoftmax(Fixed):
     """Softmax of scores and looked up biases, of which those behind a mask do not count."""
 
     levels: Tensor | None

@@ -12,7 +12,6 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from difflib import get_close_matches
 from fnmatch import fnmatchcase
 from typing import Any, cast
 
@@ -20,7 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
-from sparkir.errors import SparkirError
+from sparkir.errors import SparkirError, did_you_mean
 from sparkir.models.facts import ModelFacts, facts_of
 from sparkir.quant.fixed import fixed
 from sparkir.quant.graph import (
@@ -265,8 +264,7 @@ class _Plan:
             named = {n for n in layers if fnmatchcase(str(n.target), pattern)}
             if not named:
                 names = list(dict.fromkeys(str(n.target) for n in layers))
-                near = get_close_matches(pattern, names, n=1)
-                hint = f"did you mean {near[0]!r}?" if near else f"layers: {', '.join(names)}"
+                hint = did_you_mean(pattern, names, listed="layers")
                 raise SparkirError(f"quant.float_layers: no layer is called {pattern!r}; {hint}")
             found |= named
         return found
@@ -418,7 +416,7 @@ class _Rewriter:
             case Kind.CONCATENATE:
                 self._become(node, Concatenate(dimension_of(node)), parts_of(node))
             case Kind.TABLE:
-                self._become(node, Table(self._operation(node)))
+                self._become(node, Table(self._operation(node, *node.args[1:], **node.kwargs)))
             case Kind.AVERAGE:
                 self._become(node, GlobalAverage())
             case Kind.MATRIX_PRODUCT:
@@ -502,20 +500,16 @@ class _Rewriter:
             number += 1
         return f"{name}_call{number}"
 
-    def _operation(self, node: fx.Node) -> nn.Module:
-        """The node's own operation as a module of one tensor."""
+    def _operation(self, node: fx.Node, *constants: object, **options: object) -> nn.Module:
+        """The node's own operation as a module; of a function, with these constants for good."""
         if node.op == "call_module":
             return self.module.get_submodule(str(node.target))
-        return Call(_function(node), *node.args[1:], **node.kwargs)
+        return Call(_function(node), *constants, **options)
 
     def _pass_through(self, node: fx.Node) -> None:
         """Make `node` move integers as it moves values; sizes stay its arguments."""
         args, words = node.args, node.kwargs
-        if node.op == "call_module":
-            operation = self.module.get_submodule(str(node.target))
-        else:
-            operation = Call(_function(node))
-        self._become(node, PassThrough(operation))
+        self._become(node, PassThrough(self._operation(node)))
         node.args, node.kwargs = args, words
 
     def _fix(self, node: fx.Node) -> None:

@@ -160,10 +160,10 @@ class _Rewriter:
         words["how"] = next((words[word] for word in _HOW if word in words), None)
         source, channels = words.get("input"), self.channels(words.get("input"))
         readers = list(node.users)
-        if channels is None or words.get("dim", 0) not in (
-            1,
-            1 - len(self.shapes[cast("fx.Node", source)]),
-        ):
+        if channels is None:
+            return
+        dims = (1, 1 - len(self.shapes[cast("fx.Node", source)]))
+        if words.get("dim", 0) not in dims:
             return
         ends = _ends(channels, words["how"], chunks="chunk" in str(node.target))
         single = [

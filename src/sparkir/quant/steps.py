@@ -21,7 +21,7 @@ from collections.abc import Iterator
 
 from torch import fx, nn
 
-from sparkir.quant.fixed import FixedLayerNorm, FixedSoftmax
+from sparkir.quant.fixed import Fixed
 from sparkir.quant.graph import Tap
 from sparkir.quant.layers import (
     AbsorbedReLU,
@@ -35,7 +35,7 @@ from sparkir.quant.layers import (
 )
 from sparkir.quant.quantizer import ActivationQuantizer
 
-_IN_POWERS_OF_TWO = (Add, Multiply, MatrixProduct, FixedLayerNorm, FixedSoftmax)
+_IN_POWERS_OF_TWO = (Add, Multiply, MatrixProduct, Fixed)
 _MOVES = (Tap, PassThrough, Concatenate)
 
 

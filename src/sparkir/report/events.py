@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import time
 from contextlib import suppress
 from pathlib import Path
@@ -71,6 +72,11 @@ def read_events(path: Path) -> list[dict[str, Any]]:
         except json.JSONDecodeError:
             break
     return events
+
+
+def training_folder(name: str) -> str:
+    """The name of a training, such as `SPARK (paper)`, as that of a folder: `spark-paper`."""
+    return re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")
 
 
 class EventTail:

@@ -101,7 +101,7 @@ def find_runs(folders: Sequence[Path]) -> list[Path]:
     """
     found: dict[Path, None] = {}
     for folder in folders:
-        inside = [folder] if _stream(folder).is_file() else []
+        inside = [folder] if (folder / "events.jsonl").is_file() else []
         inside += [] if inside else sorted(path.parent for path in folder.rglob("events.jsonl"))
         if not inside:
             raise SparkirError(
@@ -110,10 +110,6 @@ def find_runs(folders: Sequence[Path]) -> list[Path]:
             )
         found |= dict.fromkeys(inside)
     return list(found)
-
-
-def _stream(folder: Path) -> Path:
-    return folder / "events.jsonl"
 
 
 Row = dict[str, str | float]

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib.util
-import re
 import shutil
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -12,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from sparkir.errors import SparkirError
-from sparkir.report.events import EventTail
+from sparkir.report.events import EventTail, training_folder
 from sparkir.report.scalars import Figures, Restart, Trainings
 
 if TYPE_CHECKING:
@@ -78,8 +77,7 @@ class TensorBoardLog:
         if training not in self._writers:
             from torch.utils.tensorboard import FileWriter
 
-            name = re.sub(r"[^a-z0-9]+", "-", training.lower()).strip("-")
-            self._writers[training] = FileWriter(str(self.folder / name))
+            self._writers[training] = FileWriter(str(self.folder / training_folder(training)))
         return self._writers[training]
 
     def flush(self) -> None:

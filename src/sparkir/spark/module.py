@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -12,7 +11,7 @@ from jaxtyping import Float
 from torch import Tensor, nn, optim
 from torch.nn.parallel import DistributedDataParallel
 
-from sparkir.errors import SparkirError
+from sparkir.errors import SparkirError, did_you_mean
 from sparkir.spark import replicas
 from sparkir.spark.counterfactual import (
     Distance,
@@ -292,9 +291,7 @@ class Spark(nn.Module):
 
 def _source(preset: str, options: dict[str, int | float]) -> Weighting:
     if preset not in weightings():
-        near = difflib.get_close_matches(preset, weightings(), n=1)
-        hint = f"did you mean {near[0]!r}?" if near else f"known: {', '.join(weightings())}"
-        raise SparkirError(f"no preset {preset!r}; {hint}")
+        raise SparkirError(f"no preset {preset!r}; {did_you_mean(preset, weightings())}")
     try:
         return weighting(preset, **options)
     except TypeError as error:
