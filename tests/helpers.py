@@ -21,8 +21,11 @@ from PIL import Image
 from torch.fx import GraphModule
 
 from sparkir import cli, run
+from sparkir.assemble import gather
+from sparkir.errors import SparkirError
 from sparkir.models.checkpoint import save_weights
 from sparkir.models.registry import build
+from sparkir.recipe import load
 
 NETWORK = {"model": "edsr", "options": {"width": 8, "blocks": 1, "scale": 2}}
 RECIPE: dict[str, Any] = {
@@ -92,6 +95,15 @@ def write_recipe(
         (values.setdefault(section, {}) if section else values)[name] = value
     path.write_text(tomli_w.dumps(values), encoding="utf-8")
     return path
+
+
+def assert_refused(recipe_file: str, says: Sequence[str]) -> None:
+    """A run of this recipe is refused before anything is trained, in one line with these words."""
+    with pytest.raises(SparkirError) as caught:
+        gather(load(recipe_file))
+    for words in says:
+        assert words in str(caught.value)
+    assert "\n" not in str(caught.value)
 
 
 def contents(folder: Path) -> dict[str, bytes | None]:

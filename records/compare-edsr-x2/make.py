@@ -21,8 +21,7 @@ METHODS = (
 
 def sparkir(*arguments: str | Path) -> None:
     """Run a command of this project."""
-    code = "from sparkir.cli import main; main()"
-    subprocess.run([sys.executable, "-c", code, *map(str, arguments)], check=True)
+    subprocess.run([sys.executable, "-m", "sparkir", *map(str, arguments)], check=True)
 
 
 def main() -> None:

@@ -21,8 +21,7 @@ SIZE, REPEATS = "180x320", "7"
 
 def sparkir(*arguments: str) -> None:
     """Run a command of this project."""
-    code = "from sparkir.cli import main; main()"
-    subprocess.run([sys.executable, "-c", code, *arguments], check=True)
+    subprocess.run([sys.executable, "-m", "sparkir", *arguments], check=True)
 
 
 def main() -> None:
