@@ -46,6 +46,8 @@ CHANGES = {
     "kd-mse@100": {"distill.strength": 100.0, **UNIFORM},
     "kd-matched": {"distill.norm": "matched", "distill.strength": 1.0, **UNIFORM},
     "kd-mse@2.5": {"distill.strength": 2.5, **UNIFORM},
+    "kd@20": {"distill.norm": "l1", "distill.strength": 20.0, **UNIFORM},
+    "kd-matched@20": {"distill.norm": "matched", "distill.strength": 20.0, **UNIFORM},
     "constant": {"weighting.name": "constant", "weighting.options.value": 0.625},
     "random": {"weighting.name": "random", "weighting.options.grid": 4},
     "constant:spark": {
@@ -186,8 +188,8 @@ def test_all_is_all_and_may_be_added_to(recipe):
 
 
 def test_rows_stand_in_the_tables_order_whatever_the_order_given(recipe):
-    assert names("kd-mse@20, kd-mse@5,kd,ptq ,truth@3,truth,qat,", recipe) == [
-        *("ptq", "qat", "truth", "truth@3", "kd", "kd-mse@5", "kd-mse@20"),
+    assert names("kd-mse@20, kd-mse@5,kd@3,kd,ptq ,truth@3,truth,qat,", recipe) == [
+        *("ptq", "qat", "truth", "truth@3", "kd", "kd@3", "kd-mse@5", "kd-mse@20"),
     ]
     assert names("kd-mse@20.0,kd-mse@20", recipe) == ["kd-mse@20"]
 

@@ -20,7 +20,14 @@ Kind = Literal["input", "teacher", "calibrated", "trained"]
 
 STRENGTHS = (1.0, 20.0, 100.0)
 """Factors of uniform distillation's squared error; a table takes it at its best of them."""
-_STRENGTH_NAME = re.compile(r"(kd-mse|truth)@(\d+\.?\d*|\.\d+)")
+_FAMILIES: dict[str, tuple[str, dict[str, str]]] = {
+    "kd": ("KD, {} x L1", {"norm": "l1"}),
+    "kd-mse": ("KD, {} x MSE", {"norm": "mse"}),
+    "kd-matched": ("KD, {} x MSE as strong as L1", {"norm": "matched"}),
+    "truth": ("QAT, {} x MSE to truth", {"norm": "mse", "target": "truth"}),
+}
+"""What may be had at any strength, as in `kd@20`: its label, and its keys of [distill]."""
+_STRENGTH_NAME = re.compile(r"(kd|kd-mse|kd-matched|truth)@(\d+\.?\d*|\.\d+)")
 _PUBLISHED = {"spark-paper": Distill(norm="mse"), "spark": Distill(norm="matched")}
 """The distillation that each SPARK was made for."""
 
@@ -162,15 +169,12 @@ def sparks() -> dict[str, str]:
 
 
 def _at_strength(family: str, strength: float) -> Method:
-    """A squared error with a factor, to the teacher or to the truth."""
-    if family == "truth":
-        label, target = f"QAT, {strength:g} x MSE to truth", "truth"
-    else:
-        label, target = f"KD, {strength:g} x MSE", "teacher"
+    """A uniform distance with a factor, to the teacher or to the truth."""
+    label, distill = _FAMILIES[family]
     return Method(
         name=f"{family}@{strength:g}",
-        label=label,
-        change=_uniform(norm="mse", strength=strength, target=target),
+        label=label.format(f"{strength:g}"),
+        change=_uniform(**distill, strength=strength),
     )
 
 
@@ -280,5 +284,5 @@ def _place(method: Method) -> tuple[int, float]:
     family, _, strength = method.name.partition("@")
     if not strength:
         return order.index(method.name), 0.0
-    first = "truth" if family == "truth" else f"{family}@{STRENGTHS[0]:g}"
+    first = f"{family}@{STRENGTHS[0]:g}" if family == "kd-mse" else family
     return order.index(first), float(strength)
