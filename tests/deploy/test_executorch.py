@@ -121,7 +121,7 @@ def test_what_runs_on_int8_and_what_does_not():
     assert {"XNNConv2d", "XNNAdd", "XNNMultiply", "XNNConcatenate4", "XNNMaxPooling2d"} <= set(
         found.int8
     )
-    assert {"XNNLeakyReLU", "XNNSigmoid", "XNNStaticResizeBilinear2D"} <= set(found.float)
+    assert {"XNNLeakyReLU", "XNNSigmoid"} <= set(found.float)
     assert found.float["XNNLeakyReLU"] == 8
     assert exported("srcnn", 4, 8).delegation.portable["aten.index.Tensor"] == 2  # its padding
 

