@@ -12,6 +12,7 @@ import argparse
 import re
 import subprocess
 import sys
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -25,8 +26,10 @@ CONTROLS = (
     "degraded,teacher,float,ptq,qat,truth,kd,kd-mse@1,kd-mse@20,kd-mse@100,kd-matched,"
     "fixed:student_error,constant:spark-paper,random:spark-paper,spark-paper,random:spark,spark"
 )
+ALL = "fakd,dckd,slkd," + CONTROLS
 BASELINES = ("truth", "kd", "kd-mse@1", "constant:spark-paper", "random:spark-paper", "float")
 FEW = "degraded,teacher,ptq,qat,truth,kd-matched,spark-paper,spark"
+IMITATION = "degraded,teacher,float,ptq,qat,kd,kd@20,kd-matched@20"
 
 
 @dataclass(frozen=True)
@@ -36,30 +39,58 @@ class Run:
     recipe: str
     methods: str
     settings: tuple[str, ...]
+    seeds: int = 3
+    before: tuple[tuple[str, ...], ...] = ()
+    """Recipes of float networks that it starts from, each with its settings."""
 
 
-SR = (
+PAIRS = (
     "data.train={photographs}",
     "data.test={data}/test/Set14/HR",
     "data.border=replicate",
-    "teacher.weights={data}/weights/RFDN/RFDN_AIM.pth",
 )
+SR = (*PAIRS, "teacher.weights={data}/weights/RFDN/RFDN_AIM.pth")
+FAST = (*SR, "train.compile=true")
 LOW_LIGHT = (
     "data.train={data}/tasks/lowlight_LOL_train",
     "data.test={data}/tasks/lowlight_LOL_eval15",
 )
-TAUGHT = "teacher.weights={out}/teacher-twin-mirnet-lol/student.safetensors"
-STARTED = "student.weights={out}/float-twin-dncnn-lol/student.safetensors"
+W2A2 = ("quant.weight_bits=2", "quant.activation_bits=2")
 RUNS = {
     "lol-dncnn": Run(
-        "twin-mirnet-dncnn-lol", PAPER, (*LOW_LIGHT, TAUGHT, STARTED, "train.steps=300")
+        "twin-mirnet-dncnn-lol",
+        PAPER,
+        (
+            *LOW_LIGHT,
+            "teacher.weights={out}/teacher-twin-mirnet-lol/student.safetensors",
+            "student.weights={out}/float-twin-dncnn-lol/student.safetensors",
+            "train.steps=300",
+        ),
+        before=(
+            ("teacher-twin-mirnet-lol", *LOW_LIGHT, "train.channels_last=true"),
+            ("float-twin-dncnn-lol", *LOW_LIGHT),
+        ),
     ),
-    "rfdn-x4-w8a8": Run(
-        "twin-rfdn-rfdn-x4", EIGHT_BITS, (*SR, "train.steps=100", "train.compile=true")
+    "rfdn-x4-w8a8": Run("twin-rfdn-rfdn-x4", EIGHT_BITS, (*FAST, "train.steps=100"), seeds=2),
+    "rfdn-x4-w8a8-imitation": Run(
+        "twin-rfdn-rfdn-x4",
+        IMITATION,
+        (*FAST, "train.steps=300", "train.learning_rate=1e-4"),
+        seeds=2,
     ),
     "rfdn-x4-w4a4": Run(str(HERE / "rfdn-x4.toml"), CONTROLS, SR),
-    "rfdn-x4-w2a2": Run(
-        str(HERE / "rfdn-x4.toml"), FEW, (*SR, "quant.weight_bits=2", "quant.activation_bits=2")
+    "rfdn-x4-w2a2": Run(str(HERE / "rfdn-x4.toml"), FEW, (*SR, *W2A2), seeds=2),
+    "srcnn-x4": Run(
+        "twin-rfdn-srcnn-x4",
+        ALL,
+        (
+            *SR,
+            "student.weights={out}/float-twin-srcnn-x4/student.safetensors",
+            "train.steps=500",
+            "train.teacher_cache=true",
+        ),
+        seeds=2,
+        before=(("float-twin-srcnn-x4", *PAIRS, "train.steps=4000"),),
     ),
 }
 
@@ -80,11 +111,10 @@ def main() -> None:
     places = {"data": chosen.data, "photographs": chosen.photographs, "out": chosen.out}
     for name in chosen.runs:
         run, made = RUNS[name], chosen.out / name
-        if TAUGHT in run.settings:
-            train("teacher-twin-mirnet-lol", "train.channels_last=true", places=places)
-            train("float-twin-dncnn-lol", places=places)
-        settings = [word for text in run.settings for word in ("--set", text.format(**places))]
-        methods = ("--methods", run.methods, "--seeds", "3", "--out", made)
+        for recipe, *settings in run.before:
+            train(recipe, settings, places)
+        methods = ("--methods", run.methods, "--seeds", str(run.seeds), "--out", made)
+        settings = written(run.settings, places)
         for baseline in (*BASELINES, "qat"):  # once they are trained, this only writes the tables
             if baseline in run.methods.split(","):
                 sparkir("compare", run.recipe, *settings, *methods, "--baseline", baseline)
@@ -93,14 +123,18 @@ def main() -> None:
         keep(made, HERE / name, places)
 
 
-def train(recipe: str, *more: str, places: dict[str, Path]) -> None:
-    """A float network for low light, once."""
+def train(recipe: str, settings: Sequence[str], places: dict[str, Path]) -> None:
+    """A float network, once."""
     folder = places["out"] / recipe
     if (folder / "report.md").is_file():
         return
     resume = ("--resume",) if folder.is_dir() else ()
-    settings = [word for text in (*LOW_LIGHT, *more) for word in ("--set", text.format(**places))]
-    sparkir("distill", recipe, *settings, "--out", folder, *resume)
+    sparkir("distill", recipe, *written(settings, places), "--out", folder, *resume)
+
+
+def written(settings: Sequence[str], places: dict[str, Path]) -> list[str]:
+    """As options of a command."""
+    return [word for text in settings for word in ("--set", text.format(**places))]
 
 
 def keep(made: Path, record: Path, places: dict[str, Path]) -> None:
