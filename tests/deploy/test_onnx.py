@@ -147,6 +147,13 @@ def test_every_layer_runs_on_integers_but_those_left_in_float(deployed):
         assert not left & {name for name, m in deployed.frozen.named_modules() if name}
 
 
+def test_interpolation_changes_no_bit():
+    """Its one value on the other side of a tie would reach a quarter of the image's values."""
+    parity = deploy("rfdn", 8).parity
+    assert all(layer.differing == 0 for layer in parity.layers)
+    assert parity.differing_pixels == 0
+
+
 def test_additions_tables_and_concatenations_run_on_integers():
     fusion = deploy("rfdn", 8).parity.fusion
     expected = {"QLinearAdd", "QLinearMul", "QLinearConcat", "QLinearLeakyRelu", "QLinearSigmoid"}
