@@ -3,9 +3,9 @@
     python records/reproduction/make.py DATA PHOTOGRAPHS                  # hours, all of them
     python records/reproduction/make.py DATA PHOTOGRAPHS rfdn-x4-w8a8     # one
 
-DATA holds test/Set14/HR, weights/RFDN/RFDN_AIM.pth (the published teacher) and the pairs in
-tasks/lowlight_LOL_train and tasks/lowlight_LOL_eval15; PHOTOGRAPHS is a folder with the 454 of
-CID22 (55) and BSDS500's train and test splits (399).
+DATA holds test/Set14/HR, test/Urban20/HR (the first 20 of Urban100), weights/RFDN/RFDN_AIM.pth (the
+published teacher) and the pairs in tasks/lowlight_LOL_train and tasks/lowlight_LOL_eval15;
+PHOTOGRAPHS is a folder with the 454 of CID22 (55) and BSDS500's train and test splits (399).
 """
 
 import argparse
@@ -29,6 +29,7 @@ CONTROLS = (
 ALL = "fakd,dckd,slkd," + CONTROLS
 BASELINES = ("truth", "kd", "kd-mse@1", "constant:spark-paper", "random:spark-paper", "float")
 FEW = "degraded,teacher,ptq,qat,truth,kd-matched,spark-paper,spark"
+SCORED = "degraded,teacher,float,ptq,qat,kd-matched,spark-paper,spark"
 IMITATION = "degraded,teacher,float,ptq,qat,kd,kd@20,kd-matched@20"
 
 
@@ -40,6 +41,7 @@ class Run:
     methods: str
     settings: tuple[str, ...]
     seeds: int = 3
+    more_tests: tuple[str, ...] = ()
     before: tuple[tuple[str, ...], ...] = ()
     """Recipes of float networks that it starts from, each with its settings."""
 
@@ -79,6 +81,9 @@ RUNS = {
         seeds=2,
     ),
     "rfdn-x4-w4a4": Run(str(HERE / "rfdn-x4.toml"), CONTROLS, SR),
+    "rfdn-x4-w4a4-urban20": Run(
+        str(HERE / "rfdn-x4.toml"), SCORED, SR, more_tests=("Urban20={data}/test/Urban20/HR",)
+    ),
     "rfdn-x4-w2a2": Run(str(HERE / "rfdn-x4.toml"), FEW, (*SR, *W2A2), seeds=2),
     "srcnn-x4": Run(
         "twin-rfdn-srcnn-x4",
@@ -115,6 +120,8 @@ def main() -> None:
             train(recipe, settings, places)
         methods = ("--methods", run.methods, "--seeds", str(run.seeds), "--out", made)
         settings = written(run.settings, places)
+        for test in run.more_tests:
+            settings += ["--test", test.format(**places)]
         for baseline in (*BASELINES, "qat"):  # once they are trained, this only writes the tables
             if baseline in run.methods.split(","):
                 sparkir("compare", run.recipe, *settings, *methods, "--baseline", baseline)
