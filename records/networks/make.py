@@ -76,6 +76,7 @@ NETWORKS = {
     "CARN-M x4": Published("carn-m", "CARN/carn_m.pth", {}, _published(31.92, 28.42, 27.44)),
     "IMDN (NTIRE 2022) x4": Published("imdn", "IMDN_NTIRE22_baseline/imdn_baseline.pth", {}),
     "FMEN (test weights) x4": Published("fmen", "FMEN/FMEN_x4.pt", {}),
+    "SAFMN (NTIRE 2023) x4": Published("safmn", "SAFMN/SAFMN_x4.pth", {}),
     "SPAN (NTIRE 2025) x4": Published("span", "SPAN/SPAN_team46_x4.pth", {"cat_width": 20}),
     "SPAN (NTIRE 2024) x4": Published("span", "SPAN/SPAN_ch28_slim_team38_x4.pth", {}),
     **{

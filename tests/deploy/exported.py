@@ -26,8 +26,12 @@ from sparkir.quant.targets import TargetName
 
 
 def images(facts: ModelFacts, *shape: int) -> Tensor:
-    """Smooth noise (N, C, H, W) of 256 grey levels, in the network's value range."""
-    count, height, width = shape
+    """Smooth noise of 256 grey levels, in the network's value range.
+
+    (N, C, H, W), or more where the network wants multiples.
+    """
+    count, *size = shape
+    height, width = (px + -px % facts.size_multiple for px in size)
     noise = torch.rand(count, facts.channels, height, width)
     smooth = F.avg_pool2d(F.pad(noise, (1, 1, 1, 1), mode="replicate"), 3, stride=1)
     return (smooth * 255).round() / 255 * facts.value_range
@@ -113,6 +117,7 @@ NETWORKS: dict[str, Callable[[], nn.Module]] = {
     "imdn": lambda: build("imdn", width=8, blocks=1, scale=2),
     "fmen": lambda: build("fmen", width=8, blocks=1, scale=2),
     "span": lambda: build("span", width=8, cat_width=8, blocks=2, scale=2),
+    "safmn": lambda: with_trained_norms(build("safmn", width=8, blocks=1, scale=2)),
     "plainusr": lambda: build("plainusr", size="u", scale=2),
     "pooling": lambda: build("plainusr", size="s", scale=2),
     "everything": Everything,
@@ -159,11 +164,7 @@ class Deployed:
     def parity(self) -> Parity:
         torch.manual_seed(0)
         sizes = [(24, 24), (31, 17)]
-        batch = [images(self.facts, 1, *(self._fitting(px) for px in size)) for size in sizes]
-        return check_parity(self.model, self.frozen, batch)
-
-    def _fitting(self, px: int) -> int:
-        return px + -px % self.facts.size_multiple
+        return check_parity(self.model, self.frozen, [images(self.facts, 1, *s) for s in sizes])
 
 
 @cache

@@ -38,6 +38,7 @@ MEASURED = [
     ),
     ("imdn", {}, "IMDN_NTIRE22_baseline/imdn_baseline.pth", "Set5", 32.25),
     ("fmen", {}, "FMEN/FMEN_x4.pt", "Set5", 32.12),
+    ("safmn", {}, "SAFMN/SAFMN_x4.pth", "Set5", 32.15),
     ("span", {"cat_width": 20}, "SPAN/SPAN_team46_x4.pth", "Set5", 31.74),
     ("span", {}, "SPAN/SPAN_ch28_slim_team38_x4.pth", "Set5", 31.74),
     *(

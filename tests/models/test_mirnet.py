@@ -11,7 +11,7 @@ from sparkir.models.mirnet import (
     MultiScaleBlock,
     SelectiveKernelFusion,
 )
-from sparkir.models.resample import BilinearUp, BlurDown
+from sparkir.models.resample import BlurDown
 
 
 def small(**options) -> MIRNet:
@@ -137,12 +137,6 @@ def test_the_grid_is_the_authors():
     block = MultiScaleBlock(8)
     x = torch.rand(1, 8, 12, 8)
     torch.testing.assert_close(block(x), slow_block(block, x))
-
-
-def test_bilinear_enlargement_is_torchs():
-    x = torch.randn(2, 3, 5, 4)
-    expected = F.interpolate(x, scale_factor=2, mode="bilinear", align_corners=False)
-    torch.testing.assert_close(BilinearUp(3)(x), expected)
 
 
 def test_blurring_by_hand():

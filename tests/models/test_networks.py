@@ -21,6 +21,8 @@ SMALL = {
     "carn-m x4": {"width": 4, "scale": 4},
     "imdn": {"width": 8, "blocks": 3},
     "fmen": {"width": 8, "blocks": 1},
+    "safmn": {"width": 8, "blocks": 2},
+    "safmn x3": {"width": 4, "blocks": 1, "scale": 3},
     "span": {"width": 8, "cat_width": 4, "blocks": 2},
     "plainusr x2 u": {"scale": 2, "size": "u"},
     "plainusr x4 s": {"scale": 4, "size": "s"},
@@ -36,12 +38,15 @@ SMALL = {
     "swinir x2": {"width": 4, "depths": [2], "heads": 2},
     "swinir x4": {"scale": 4, "width": 4, "depths": [1, 2], "heads": 1},
 }
-WINDOW_PX = dict.fromkeys(("rfdn", "rlfn", "bsrn", "bsrn-s"), 13) | {"plainusr": 12}
+WINDOW_PX = dict.fromkeys(("rfdn", "rlfn", "bsrn", "bsrn-s"), 13)
+WINDOW_PX |= {"plainusr": 12, "safmn": 32}
 """Margin in the halo for attention on a coarse grid, which is switched off to measure the reach."""
 MASKS = ("excitate.weight", "c3_r.eval_conv.weight", "SA.spatial.conv.weight")
 GLOBAL = ("esa.conv4.weight", "conv_du.2.weight", "body.3.body.0.weight", "sca.1.weight")
 GLOBAL += ("fcs.0.weight", "fcs.1.weight", "fcs.2.weight")
-"""The last layers of what looks at the whole image: without them, it gives the same everywhere."""
+GLOBAL += ("norm.gamma", "mfr.1.weight", "mfr.2.weight", "mfr.3.weight")
+"""The last layers of what looks at the whole image, or at cells of it: without them, it gives the
+same everywhere."""
 
 
 @pytest.fixture(params=SMALL)
@@ -71,7 +76,7 @@ def test_traced_network_computes_the_same_at_another_size(network):
 
 
 def test_every_parameter_is_used(network):
-    x = torch.rand(1, network.facts.channels, 24, 24) * network.facts.value_range
+    x = torch.rand(1, network.facts.channels, 32, 32) * network.facts.value_range
     network(x).square().sum().backward()
     assert [name for name, p in network.named_parameters() if p.grad is None] == []
 
@@ -90,7 +95,7 @@ def test_taps_are_submodules_that_give_features_in_the_order_named(network):
 def test_halo_is_how_far_an_output_pixel_sees(network):
     reach = _reach_px(network)
     halo = network.facts.halo_px
-    if network.facts.min_size_px > 1:
+    if network.facts.name in WINDOW_PX and not network.facts.exact_tiles:
         assert reach == halo - WINDOW_PX[network.facts.name]
     else:
         assert halo - 1 <= reach <= halo

@@ -33,7 +33,7 @@ def user_module(monkeypatch):
 def test_every_available_network_can_be_built_and_carries_facts():
     assert set(available()) == {
         *("bsrn", "bsrn-s", "carn-m", "dncnn", "edsr", "edsr-baseline", "fmen", "imdn"),
-        *("mirnet", "nafnet", "plainusr", "rfdn", "rlfn", "span", "srcnn", "swinir"),
+        *("mirnet", "nafnet", "plainusr", "rfdn", "rlfn", "safmn", "span", "srcnn", "swinir"),
     }
     for name, description in available().items():
         assert isinstance(build(name).facts, ModelFacts)

@@ -6,6 +6,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from sparkir.models.facts import ModelFacts
+from sparkir.quant.calibrate import activation_quantizers, calibrate, leave_in_float
 from sparkir.quant.interpolate import ExactBilinear
 from sparkir.quant.prepare import placement_of, prepare
 from sparkir.quant.spec import QuantSpec
@@ -39,6 +40,75 @@ class Resizes(nn.Module):
     def forward(self, x):
         small = self.head(x)
         return self.tail(F.interpolate(small, size=(x.size(2), x.size(3)), **self.words))
+
+
+class Enlarges(nn.Module):
+    facts = ModelFacts(name="enlarges", scale=2, channels=3, value_range=1.0, taps=(), halo_px=9)
+
+    def __init__(self, enlarge) -> None:
+        super().__init__()
+        self.head, self.tail, self.enlarge = nn.Conv2d(3, 4, 1), nn.Conv2d(4, 3, 1), enlarge
+
+    def forward(self, x):
+        return self.tail(self.enlarge(self.head(x)))
+
+
+def by(mode, factor, **words):
+    return lambda x: F.interpolate(x, scale_factor=factor, mode=mode, **words)
+
+
+@pytest.mark.parametrize(
+    "enlarge",
+    [
+        by("bilinear", 2),
+        by("bilinear", (2.0, 2.0), align_corners=True),
+        nn.Upsample(scale_factor=2, mode="bilinear"),
+        lambda x: F.interpolate(x, None, 2, "bilinear"),
+    ],
+)
+def test_a_whole_factor_is_a_size(enlarge):
+    torch.manual_seed(0)
+    network = Enlarges(enlarge)
+    student = prepare(network, QuantSpec())
+    assert any(isinstance(m, ExactBilinear) for m in student.modules())
+    leave_in_float(student, on=True)
+    x = torch.rand(1, 3, 6, 5)
+    torch.testing.assert_close(student(x), network(x), rtol=0, atol=0.02)
+
+
+@pytest.mark.parametrize(
+    "enlarge",
+    [
+        by("nearest", 2),
+        by("nearest-exact", (2.0, 2.0)),
+        nn.Upsample(scale_factor=2),
+        lambda x: F.interpolate(x, None, 2),
+    ],
+)
+def test_repeating_pixels_keeps_their_grid(enlarge):
+    torch.manual_seed(0)
+    student = prepare(Enlarges(enlarge), QuantSpec())
+    assert placement_of(student).left_in_float == {}
+    calibrate(student, [torch.rand(1, 3, 8, 8)])
+    assert len(activation_quantizers(student)) == 3  # the image, what is enlarged, the output
+
+
+@pytest.mark.parametrize(
+    "enlarge",
+    [
+        by("nearest", 1.5),
+        by("bilinear", 1.5),
+        by("bicubic", 2),
+        by("bilinear", 2, antialias=True),
+        nn.Upsample(scale_factor=1.5),
+        nn.Upsample(size=(9, 9)),
+    ],
+)
+def test_other_resizes_stay_in_float(enlarge):
+    student = prepare(Enlarges(enlarge), QuantSpec())
+    assert not any(isinstance(m, ExactBilinear) for m in student.modules())
+    (reason,) = placement_of(student).left_in_float.values()
+    assert reason == "interpolation makes values between grid points"
 
 
 @pytest.mark.parametrize(

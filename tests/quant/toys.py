@@ -609,6 +609,13 @@ CASES: dict[str, Case] = {
     ),
     "carn-m": Case(shipped("carn-m", width=8, scale=2), {"entry", "exit"}, {"sub": "subtraction"}),
     "fmen": Case(shipped("fmen", width=8, blocks=1, scale=2), {"head", "tail.0"}),
+    "safmn": Case(
+        shipped("safmn", width=8, blocks=1, scale=2),
+        {"to_feat", "to_img.0"},
+        {"norm": "statistics of the whole image"},
+        more_layers={"rewritten.conv2d": True},
+        rewritten=True,
+    ),
     "span": Case(
         shipped("span", width=8, cat_width=8, blocks=2, scale=2),
         {"conv_1.eval_conv", "upsampler.0"},
@@ -665,8 +672,12 @@ LARGE: dict[str, Case] = {
 
 
 def images(network: nn.Module, count: int = 2, height: int = 24, width: int = 20) -> Tensor:
-    """Smooth noise (count, C, height, width) of 256 grey levels, in the network's value range."""
+    """Smooth noise of 256 grey levels, in the network's value range.
+
+    (count, C, height, width), or more where the network wants multiples.
+    """
     facts = network.facts
+    height, width = (px + -px % facts.size_multiple for px in (height, width))
     noise = torch.rand(count, facts.channels, height, width)
     smooth = F.avg_pool2d(F.pad(noise, (1, 1, 1, 1), mode="replicate"), 3, stride=1)
     return (smooth * 255).round() / 255 * facts.value_range

@@ -21,6 +21,7 @@ from sparkir.models.nafnet import NAFNet
 from sparkir.models.plainusr import PlainUSR
 from sparkir.models.rfdn import RFDN
 from sparkir.models.rlfn import RLFN
+from sparkir.models.safmn import SAFMN
 from sparkir.models.span import SPAN
 from sparkir.models.srcnn import SRCNN
 from sparkir.models.swinir import SwinIR
@@ -45,6 +46,7 @@ _ENTRIES: dict[str, _Entry] = {
     "plainusr": _Entry(PlainUSR, "PlainUSR, plain convolutions in a U-Net of channels (ACCV 2024)"),
     "rfdn": _Entry(RFDN, "RFDN, light super-resolution with spatial attention (AIM 2020)"),
     "rlfn": _Entry(RLFN, "RLFN, fast and light, with spatial attention (NTIRE 2022)"),
+    "safmn": _Entry(SAFMN, "SAFMN, features modulated by four scales of their own (ICCV 2023)"),
     "span": _Entry(SPAN, "SPAN, attention without parameters (NTIRE 2024)"),
     "srcnn": _Entry(SRCNN, "SRCNN 9-5-5, bicubic and three convolutions (TPAMI 2016)"),
     "swinir": _Entry(SwinIR, "SwinIR-light, attention within windows, 60 wide (ICCVW 2021)"),

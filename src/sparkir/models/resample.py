@@ -8,7 +8,6 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 _BINOMIAL = (1.0, 2.0, 1.0)
-_BILINEAR = ((1.0, 3.0, 0.0), (0.0, 3.0, 1.0))  # rows: the first and the second output pixel
 
 
 class BlurDown(nn.Module):
@@ -35,22 +34,31 @@ class BlurDown(nn.Module):
 
 
 class BilinearUp(nn.Module):
-    """Twice the size, as ``F.interpolate(x, scale_factor=2, mode="bilinear")`` computes it.
+    """Several times the size, as ``F.interpolate(x, scale_factor, mode="bilinear")`` has it.
 
-    Each of the 2 x 2 output pixels of an input pixel is one fixed convolution; a pixel shuffle
-    puts them in place. (b, channels, h, w) -> (b, channels, 2h, 2w).
+    Each of the factor x factor output pixels of an input pixel is one fixed convolution; a pixel
+    shuffle puts them in place. (b, channels, h, w) -> (b, channels, factor*h, factor*w).
     """
 
     kernels: Tensor
 
-    def __init__(self, channels: int) -> None:
+    def __init__(self, channels: int, factor: int = 2) -> None:
         super().__init__()
-        self.channels = channels
-        rows = torch.tensor(_BILINEAR) / 4
-        kernels = (rows[:, None, :, None] * rows[None, :, None, :]).reshape(4, 1, 3, 3)
+        self.channels, self.factor = channels, factor
+        rows = torch.tensor(_bilinear(factor)) / (2 * factor)
+        kernels = (rows[:, None, :, None] * rows[None, :, None, :]).reshape(-1, 1, 3, 3)
         self.register_buffer("kernels", kernels.repeat(channels, 1, 1, 1), persistent=False)
 
     def forward(self, x: Tensor) -> Tensor:
         """Return the larger features."""
         padded = F.pad(x, (1, 1, 1, 1), mode="replicate")
-        return F.pixel_shuffle(F.conv2d(padded, self.kernels, groups=self.channels), 2)
+        return F.pixel_shuffle(F.conv2d(padded, self.kernels, groups=self.channels), self.factor)
+
+
+def _bilinear(factor: int) -> list[list[float]]:
+    """How much of the pixel before, of its own and of the next each output pixel is, in parts."""
+    rows = []
+    for pixel in range(factor):
+        right = 2 * pixel + 1 - factor  # of the input pixel's centre, in parts of 2 * factor
+        rows.append([float(max(-right, 0)), float(2 * factor - abs(right)), float(max(right, 0))])
+    return rows

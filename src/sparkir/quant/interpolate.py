@@ -7,6 +7,7 @@ product and sum is exact.
 
 from __future__ import annotations
 
+import operator
 from typing import Any, cast
 
 import torch
@@ -49,27 +50,47 @@ def _resize(x: Tensor, dim: int, size: int, *, corners: bool) -> Tensor:
 
 
 def make_interpolation_exact(module: fx.GraphModule) -> None:
-    """Replace every bilinear `F.interpolate` to a given size in a traced network."""
-    for node in module.graph.nodes:
-        size = _size_of(node)
+    """Replace every bilinear resize in a traced network, to a size or by a whole factor."""
+    for node in list(module.graph.nodes):
+        words = _words_of(node, module)
+        if words is None:
+            continue
+        with module.graph.inserting_before(node):
+            size = _size_of(node, words)
         if size is None:
             continue
         name = f"operations.{node.name}"
-        corners = bool(node.kwargs.get("align_corners"))
+        corners = bool(words.get("align_corners"))
         module.add_submodule(name, ExactBilinear(align_corners=corners))
         node.op, node.target = "call_module", name
         node.args, node.kwargs = (node.args[0], *size), {}
     module.recompile()
 
 
-def _size_of(node: fx.Node) -> tuple[Any, Any] | None:
-    """(height, width) if `node` is a bilinear resize to them."""
-    if node.op != "call_function" or node.target is not F.interpolate:
+def _words_of(node: fx.Node, module: fx.GraphModule) -> dict[str, Any] | None:
+    """The options of `node`, if it is a bilinear resize."""
+    if node.op == "call_module":
+        called = module.get_submodule(str(node.target))
+        words = vars(called) if isinstance(called, nn.Upsample) else {}
+    elif node.op == "call_function" and node.target is F.interpolate and len(node.args) < 5:
+        words = dict(zip(("input", "size", "scale_factor", "mode"), node.args, strict=False))
+        words |= cast("dict[str, Any]", node.kwargs)
+    else:
         return None
-    words = dict(zip(("input", "size", "scale_factor", "mode"), node.args, strict=False))
-    words |= cast("dict[str, Any]", node.kwargs)
-    plain = words.get("mode") == "bilinear" and len(node.args) < 5
-    size = words.get("size")
-    if not plain or words.get("antialias") or not isinstance(size, tuple | list) or len(size) != 2:
+    return words if words.get("mode") == "bilinear" and not words.get("antialias") else None
+
+
+def _size_of(node: fx.Node, words: dict[str, Any]) -> tuple[Any, Any] | None:
+    """(height, width) of the result, where they are known to be all that decides it."""
+    size, factor = words.get("size"), words.get("scale_factor")
+    if size is not None:
+        return (size[0], size[1]) if isinstance(size, tuple | list) and len(size) == 2 else None
+    factors = factor if isinstance(factor, tuple | list) else (factor, factor)
+    if not all(isinstance(f, int | float) and f >= 1 and f == int(f) for f in factors):
         return None
-    return (size[0], size[1])
+    graph, image = node.graph, node.args[0]
+    old = [graph.call_method("size", (image, dim)) for dim in (2, 3)]
+    height, width = (
+        graph.call_function(operator.mul, (o, int(f))) for o, f in zip(old, factors, strict=True)
+    )
+    return height, width
