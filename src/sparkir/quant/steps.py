@@ -11,6 +11,9 @@ a bias or a zero point, which way they round a tie. None of that can matter if
   they count an odd number of parts to a step, and a sum is near a tie no more than an odd fraction;
 * a grid that is read as real values is symmetric: no zero point is left to be multiplied out.
 
+Not covered is the slope of a LeakyReLU between sums and the grid that they reach: a product with it
+has more bits than float32, and may come to lie on either side of a tie.
+
 Weight steps are learned per channel, so that being off by a percent costs nothing; a power of two
 costs a carrier of 8 bits half a bit at most.
 """
