@@ -4,7 +4,7 @@
     python records/reproduction/make.py DATA PHOTOGRAPHS rfdn-x4-w8a8     # one
 
 DATA holds test/Set14/HR, test/Urban20/HR (the first 20 of Urban100), weights/RFDN/RFDN_AIM.pth (the
-published teacher) and the pairs in tasks/lowlight_LOL_train and tasks/lowlight_LOL_eval15;
+published teacher at x4) and the pairs in tasks/lowlight_LOL_train and tasks/lowlight_LOL_eval15;
 PHOTOGRAPHS is a folder with the 454 of CID22 (55) and BSDS500's train and test splits (399).
 """
 
@@ -25,6 +25,10 @@ EIGHT_BITS = PAPER.replace("random:spark-paper", "kd-matched")
 CONTROLS = (
     "degraded,teacher,float,ptq,qat,truth,kd,kd-mse@1,kd-mse@20,kd-mse@100,kd-matched,"
     "fixed:student_error,constant:spark-paper,random:spark-paper,spark-paper,random:spark,spark"
+)
+ONE_SEED = (
+    "degraded,teacher,float,ptq,qat,truth,kd,kd-mse@1,kd-mse@20,kd-mse@100,kd-matched,fakd,"
+    "spark-paper,spark"
 )
 ALL = "fakd,dckd,slkd," + CONTROLS
 BASELINES = ("truth", "kd", "kd-mse@1", "constant:spark-paper", "random:spark-paper", "float")
@@ -96,6 +100,19 @@ RUNS = {
         ),
         seeds=2,
         before=(("float-twin-srcnn-x4", *PAIRS, "train.steps=4000"),),
+    ),
+    "srcnn-x2": Run(
+        "twin-rfdn-srcnn-x2",
+        ONE_SEED,
+        (
+            *PAIRS,
+            "student.weights={out}/float-twin-srcnn-x2/student.safetensors",
+            "train.steps=500",
+            "train.teacher_cache=true",
+        ),
+        seeds=1,
+        more_tests=("Urban20={data}/test/Urban20/HR",),
+        before=(("float-twin-srcnn-x2", *PAIRS, "train.steps=4000"),),
     ),
 }
 
