@@ -26,6 +26,10 @@ CONTROLS = (
     "degraded,teacher,float,ptq,qat,truth,kd,kd-mse@1,kd-mse@20,kd-mse@100,kd-matched,"
     "fixed:student_error,constant:spark-paper,random:spark-paper,spark-paper,random:spark,spark"
 )
+SELF = (
+    "degraded,teacher,float,ptq,qat,truth,kd,kd-mse@1,kd-matched,fakd,slkd,"
+    "constant:spark-paper,spark-paper,spark"
+)
 ONE_SEED = (
     "degraded,teacher,float,ptq,qat,truth,kd,kd-mse@1,kd-mse@20,kd-mse@100,kd-matched,fakd,"
     "spark-paper,spark"
@@ -76,6 +80,21 @@ RUNS = {
             ("teacher-twin-mirnet-lol", *LOW_LIGHT, "train.channels_last=true"),
             ("float-twin-dncnn-lol", *LOW_LIGHT),
         ),
+    ),
+    "lol-mirnet": Run(
+        "twin-mirnet-mirnet-lol",
+        SELF,
+        (
+            *LOW_LIGHT,
+            "teacher.weights={out}/teacher-twin-mirnet-lol/student.safetensors",
+            "student.weights=teacher",
+            "train.steps=300",
+            "train.float_steps=0",
+            "train.learning_rate=2e-4",
+            "train.channels_last=true",
+        ),
+        seeds=2,
+        before=(("teacher-twin-mirnet-lol", *LOW_LIGHT, "train.channels_last=true"),),
     ),
     "rfdn-x4-w8a8": Run("twin-rfdn-rfdn-x4", EIGHT_BITS, (*FAST, "train.steps=100"), seeds=2),
     "rfdn-x4-w8a8-imitation": Run(
