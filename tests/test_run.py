@@ -579,6 +579,20 @@ def test_a_run_that_is_worse_as_exported_is_refused():
         sparkir.run._require_same_quality(row("runtime", 29.97), "own", rows)
 
 
+def test_images_that_the_runtime_restores_otherwise_are_named():
+
+    def row(arithmetic: str, *psnr_db: float, name: str = "own") -> Row:
+        scores = [ImageScore(name=f"{i}", psnr_db=db, ssim=0.9) for i, db in enumerate(psnr_db)]
+        return Row(name=name, arithmetic=arithmetic, scores=scores)
+
+    others = [row("integer", 28.0, 28.0, 28.0, name="QAT"), row("integer", 30.0, 31.0, 32.0)]
+    assert sparkir.run.deviating_images([*others, row("runtime", 30.0, 31.0, 32.0)]) == ""
+    assert sparkir.run.deviating_images([*others, row("runtime", 30.0, 30.9, 32.01)]) == (
+        "2 of 3 test images come out otherwise in the runtime than in the integer network, at most "
+        "by -0.100 dB (1)"
+    )
+
+
 def test_a_claimed_folder_is_refused_to_the_next(project):
 
     made = recipe.load("tiny.toml")

@@ -700,6 +700,8 @@ def _print_outcome(outcome: Outcome) -> None:
         _say(escape(outcome.remark))
     if outcome.parity is not None:
         _say(f"export: {escape(outcome.parity.summary())}")
+    if outcome.deviating:
+        _say(escape(outcome.deviating))
     _say("written:")
     for what, path in outcome.files.items():
         _say(f"  {what:12} {escape(str(path))}")

@@ -281,6 +281,8 @@ class Outcome:
     """None for a run in floating point."""
     remark: str = ""
     """What the name of the recipe's method does not say."""
+    deviating: str = ""
+    """On which test images the exported file shows other values; empty where on none."""
 
     def _repr_markdown_(self) -> str:
         """What a notebook shows: the report, without a title among the notebook's own."""
@@ -473,20 +475,22 @@ def _finish(
         contenders.append(runtime_contender(recipe, own, exported))
     report({"kind": "stage", "name": "measure", "steps": len(contenders)})
     measured = measure(contenders, materials.test, convention_of(recipe), report)
+    rows = [m.row for m in measured]
     if exported is not None:
-        row = measured[-1].row
-        _require_same_quality(row, own.name, [m.row for m in measured])
+        row = rows[-1]
+        _require_same_quality(row, own.name, rows)
         files["ONNX model"] = folder / "student.onnx"
         words = measured_words(row, convention_of(recipe).label, recipe.data.test)
         files["model card"] = exported.measured(words).write(files["ONNX model"])
     write_png(files["picture"], comparison(recipe, materials, own, measured))
     outcome = Outcome(
         folder=folder,
-        rows=[m.row for m in measured],
+        rows=rows,
         convention=convention_of(recipe),
         files=files | {"events": folder / "events.jsonl", "recipe": folder / "recipe.toml"},
         parity=None if exported is None else exported.parity,
         remark=own.remark,
+        deviating="" if exported is None else deviating_images(rows),
     )
     _write_report(outcome, recipe)
     report({"kind": "done", "rows": [row.as_values() for row in outcome.rows]})
@@ -508,6 +512,24 @@ def _require_same_quality(runtime: Row, method: str, rows: list[Row]) -> None:
         )
 
 
+def deviating_images(rows: list[Row]) -> str:
+    """Which test images the runtime, the last row, restores otherwise than the integer network.
+
+    The gate executes corners; a rare value elsewhere may spread over a whole image.
+    """
+    runtime = rows[-1]
+    integer = next(r for r in rows if r.arithmetic == "integer" and r.name == runtime.name)
+    pairs = list(zip(integer.scores, runtime.scores, strict=True))
+    changes = {a.name: b.psnr_db - a.psnr_db for a, b in pairs if a != b}
+    if not changes:
+        return ""
+    largest = max(changes, key=lambda name: abs(changes[name]))
+    return (
+        f"{len(changes)} of {len(pairs)} test images come out otherwise in the runtime than in the "
+        f"integer network, at most by {changes[largest]:+.3f} dB ({largest})"
+    )
+
+
 def _write_report(outcome: Outcome, recipe: Recipe) -> None:
     """report.md for people, report.json for programs."""
     caption = f"{recipe.name}, seed {recipe.seed}. {outcome.convention.label}; SSIM alike."
@@ -516,6 +538,8 @@ def _write_report(outcome: Outcome, recipe: Recipe) -> None:
         parts.append(f"{outcome.remark}.\n")
     if outcome.parity is not None:
         parts.append(f"Export: {outcome.parity.summary()}.\n")
+    if outcome.deviating:
+        parts.append(f"{outcome.deviating}.\n")
     write_text(outcome.files["table"], "\n".join(parts))
     values = {
         "recipe": recipe.model_dump(mode="json"),
@@ -524,6 +548,7 @@ def _write_report(outcome: Outcome, recipe: Recipe) -> None:
         "rows": [row.as_values() for row in outcome.rows],
         "remark": outcome.remark,
         "export": None if outcome.parity is None else outcome.parity.summary(),
+        "deviating": outcome.deviating,
     }
     write_text(outcome.folder / "report.json", json.dumps(values, indent=1))
 
