@@ -14,9 +14,10 @@ from torch import Tensor, fx, nn
 from sparkir.errors import SparkirError
 from sparkir.models.attention import BiasedSoftmax
 from sparkir.models.normalize import LayerNorm2d
+from sparkir.quant.calls import named
 from sparkir.quant.fixed import is_fixed
 from sparkir.quant.forms import ConstantConv2d, InterleavedConv2d, ScaledConv2d
-from sparkir.quant.interpolate import ExactBilinear
+from sparkir.quant.interpolate import ExactBilinear, repeats_pixels, resize_of
 from sparkir.quant.layers import GlobalAverage
 
 
@@ -301,6 +302,9 @@ def dimension_of(concatenation: fx.Node) -> int:
 
 
 def _kind(node: fx.Node, network: fx.GraphModule, kinds: Mapping[fx.Node, Kind]) -> Kind:
+    resize = resize_of(node, network)
+    if resize is not None:
+        return Kind.PASS if repeats_pixels(resize) else Kind.FLOAT
     if node.op == "call_module":
         module = network.get_submodule(str(node.target))
         if isinstance(module, Tap):
@@ -309,15 +313,12 @@ def _kind(node: fx.Node, network: fx.GraphModule, kinds: Mapping[fx.Node, Kind])
             return Kind.FLOAT
         if isinstance(module, nn.PReLU) and module.num_parameters > 1:
             return Kind.FLOAT
-        if isinstance(module, nn.Upsample):
-            repeats = module.size is None and _repeats(module.scale_factor, module.mode)
-            return Kind.PASS if repeats else Kind.FLOAT
         if hasattr(module, "of_one_value"):
             return Kind.TABLE
         if is_fixed(module):
             return Kind.FIXED
         return _MODULES.get(type(module), Kind.FLOAT)
-    kind = Kind.PASS if node.target is F.interpolate else _FUNCTIONS.get(node.target, Kind.FLOAT)
+    kind = _FUNCTIONS.get(node.target, Kind.FLOAT)
     tensors = {n for n in node.all_input_nodes if kinds[n] is not Kind.NOT_A_TENSOR}
     of_two = (Kind.ADD, Kind.MULTIPLY, Kind.MATRIX_PRODUCT)
     if kind in of_two and (len(tensors) != 2 or node.kwargs):
@@ -333,22 +334,10 @@ def _only_moves(node: fx.Node, tensors: set[fx.Node]) -> bool:
     """Whether one tensor goes in, first of the arguments, and nothing new comes out."""
     if tensors != set(node.args[:1]):
         return False
-    if node.target is F.interpolate:
-        words = dict(zip(("input", "size", "scale_factor", "mode"), node.args, strict=False))
-        words |= node.kwargs
-        known = words.get("size") is None and len(node.args) < 5
-        return known and _repeats(words.get("scale_factor"), words.get("mode", "nearest"))
     if node.target is not F.pad:
         return True
-    words = dict(zip(("input", "pad", "mode", "value"), node.args, strict=False)) | node.kwargs
+    words = named(node, "input pad mode value")
     return words.get("mode", "constant") != "constant" or not words.get("value")
-
-
-def _repeats(scale_factor: object, mode: object) -> bool:
-    """Whether a resize does nothing but repeat every pixel a whole number of times."""
-    factors = scale_factor if isinstance(scale_factor, tuple | list) else [scale_factor]
-    whole = all(isinstance(f, int | float) and f >= 1 and f == int(f) for f in factors)
-    return whole and mode in ("nearest", "nearest-exact")
 
 
 def is_transcendental(node: fx.Node, network: fx.GraphModule) -> bool:

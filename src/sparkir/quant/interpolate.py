@@ -8,11 +8,13 @@ product and sum is exact.
 from __future__ import annotations
 
 import operator
-from typing import Any, cast
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, fx, nn
+
+from sparkir.quant.calls import named
 
 WEIGHT_BITS = 7
 
@@ -49,48 +51,61 @@ def _resize(x: Tensor, dim: int, size: int, *, corners: bool) -> Tensor:
     return between
 
 
+def resize_of(node: fx.Node, module: fx.GraphModule) -> dict[str, Any] | None:
+    """The options of a call that resizes an image, its first argument; else None."""
+    if node.op == "call_module":
+        called = module.get_submodule(str(node.target))
+        return vars(called) if isinstance(called, nn.Upsample) else None
+    if node.target is not F.interpolate or not 0 < len(node.args) < 5:
+        return None
+    return {"mode": "nearest"} | named(node, "input size scale_factor mode")
+
+
+def repeats_pixels(resize: dict[str, Any]) -> bool:
+    """Whether it does nothing but repeat every pixel a whole number of times."""
+    nearest = resize["mode"] in ("nearest", "nearest-exact")
+    return nearest and _whole_factors(resize) is not None
+
+
 def make_interpolation_exact(module: fx.GraphModule) -> None:
     """Replace every bilinear resize in a traced network, to a size or by a whole factor."""
     for node in list(module.graph.nodes):
-        words = _words_of(node, module)
-        if words is None:
+        resize = resize_of(node, module)
+        if resize is None or resize["mode"] != "bilinear" or resize.get("antialias"):
             continue
-        with module.graph.inserting_before(node):
-            size = _size_of(node, words)
+        size = _size_of(node, resize)
         if size is None:
             continue
         name = f"operations.{node.name}"
-        corners = bool(words.get("align_corners"))
+        corners = bool(resize.get("align_corners"))
         module.add_submodule(name, ExactBilinear(align_corners=corners))
         node.op, node.target = "call_module", name
         node.args, node.kwargs = (node.args[0], *size), {}
     module.recompile()
 
 
-def _words_of(node: fx.Node, module: fx.GraphModule) -> dict[str, Any] | None:
-    """The options of `node`, if it is a bilinear resize."""
-    if node.op == "call_module":
-        called = module.get_submodule(str(node.target))
-        words = vars(called) if isinstance(called, nn.Upsample) else {}
-    elif node.op == "call_function" and node.target is F.interpolate and len(node.args) < 5:
-        words = dict(zip(("input", "size", "scale_factor", "mode"), node.args, strict=False))
-        words |= cast("dict[str, Any]", node.kwargs)
-    else:
-        return None
-    return words if words.get("mode") == "bilinear" and not words.get("antialias") else None
-
-
-def _size_of(node: fx.Node, words: dict[str, Any]) -> tuple[Any, Any] | None:
-    """(height, width) of the result, where they are known to be all that decides it."""
-    size, factor = words.get("size"), words.get("scale_factor")
-    if size is not None:
-        return (size[0], size[1]) if isinstance(size, tuple | list) and len(size) == 2 else None
+def _whole_factors(resize: dict[str, Any]) -> tuple[int, int] | None:
+    """How many times as high and as wide the image becomes, where that is all that is said."""
+    factor = resize.get("scale_factor")
     factors = factor if isinstance(factor, tuple | list) else (factor, factor)
+    if resize.get("size") is not None or len(factors) != 2:
+        return None
     if not all(isinstance(f, int | float) and f >= 1 and f == int(f) for f in factors):
         return None
+    return int(factors[0]), int(factors[1])
+
+
+def _size_of(node: fx.Node, resize: dict[str, Any]) -> tuple[Any, Any] | None:
+    """(height, width) of the result, where they are known to be all that decides it."""
+    size, factors = resize.get("size"), _whole_factors(resize)
+    if isinstance(size, tuple | list) and len(size) == 2:
+        return size[0], size[1]
+    if factors is None:
+        return None
     graph, image = node.graph, node.args[0]
-    old = [graph.call_method("size", (image, dim)) for dim in (2, 3)]
-    height, width = (
-        graph.call_function(operator.mul, (o, int(f))) for o, f in zip(old, factors, strict=True)
-    )
+    with graph.inserting_before(node):
+        height, width = (
+            graph.call_function(operator.mul, (graph.call_method("size", (image, dim)), factor))
+            for dim, factor in zip((2, 3), factors, strict=True)
+        )
     return height, width

@@ -16,6 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
+from sparkir.quant.calls import named
 from sparkir.quant.forms import (
     ConstantConv2d,
     InterleavedConv2d,
@@ -114,7 +115,7 @@ class _Rewriter:
 
     def _constant_convolution(self, node: fx.Node) -> None:
         """Blurring and interpolating: weights that 8 bits hold exactly."""
-        words = _named(node, "input weight bias stride padding dilation groups")
+        words = named(node, "input weight bias stride padding dilation groups")
         weight = self._constant(words.get("weight"))
         if weight is None or words.get("bias") is not None or not node.args:
             return
@@ -134,7 +135,7 @@ class _Rewriter:
 
     def _mean(self, node: fx.Node) -> None:
         """The mean over an image is one operation; that over channels, a convolution."""
-        words = _named(node, "input dim keepdim")
+        words = named(node, "input dim keepdim")
         shape = self.shapes.get(words["input"], ()) if node.args else ()
         if len(shape) != 4:
             return
@@ -156,7 +157,7 @@ class _Rewriter:
 
     def _pieces(self, node: fx.Node) -> None:
         """Pieces of the channels: each is a slice, and may have a grid of its own."""
-        words = _named(node, "input how dim")
+        words = named(node, "input how dim")
         words["how"] = next((words[word] for word in _HOW if word in words), None)
         source, channels = words.get("input"), self.channels(words.get("input"))
         readers = list(node.users)
@@ -206,11 +207,6 @@ class _Rewriter:
         for part in str(node.target).split("."):
             found = getattr(found, part)
         return found if isinstance(found, Tensor) else None
-
-
-def _named(node: fx.Node, names: str) -> dict[str, Any]:
-    """The arguments of a call by name."""
-    return dict(zip(names.split(), node.args, strict=False)) | dict(node.kwargs)
 
 
 def _pair(value: int | tuple[int, int]) -> tuple[int, int]:
