@@ -37,7 +37,7 @@ from torch.nn.functional import l1_loss
 from sparkir.assemble import Materials, convention_of, gather, quantize_student
 from sparkir.deploy.bench import interleaved
 from sparkir.deploy.onnx import to_float_onnx, to_onnx, write_model
-from sparkir.deploy.session import OpenVinoSession
+from sparkir.deploy.session import OpenVinoSession, openvino_core
 from sparkir.evaluate.benchmark import evaluate
 from sparkir.evaluate.infer import restore_image
 from sparkir.evaluate.metrics import to_uint8
@@ -121,7 +121,7 @@ def in_float(materials: Materials, path: Path) -> Made:
 def calibrated_by_nncf(materials: Materials, path: Path) -> Made:
     crops = [crop.numpy() for crop in as_read(materials)]
     in_float(materials, path)
-    model = openvino.Core().read_model(path.with_suffix(".onnx"))
+    model = openvino_core().read_model(path.with_suffix(".onnx"))
     quantized = nncf.quantize(model, nncf.Dataset(crops), subset_size=len(crops))
     return Made(saved(quantized, path))
 
