@@ -22,6 +22,8 @@ from sparkir.data.degrade import BicubicDownscale, Degradation, GaussianNoise, J
 from sparkir.data.layouts import Split, clean_images, pair_files, part_of
 from sparkir.data.pairs import PairStore, PatchSampler
 from sparkir.data.photographs import photographs
+from sparkir.deploy.parity import SATURATES
+from sparkir.deploy.runtime import saturates
 from sparkir.distill.method import Setting
 from sparkir.distill.methods import method
 from sparkir.distill.task import DistillationTask
@@ -300,6 +302,9 @@ def gather(recipe: Recipe, report: Report = silent) -> Materials:
             "the student starts from fresh weights, and its grids are set to what those compute; "
             "give student.weights, or set train.float_steps"
         )
+        report({"kind": "warning", "message": message})
+    if (quant := recipe.quant) and not quant.reduce_range and saturates(quant.runs_on.runtime):
+        message = f"{SATURATES}; the file cannot be checked here otherwise"
         report({"kind": "warning", "message": message})
     device = device_for(recipe)
     teacher = None if recipe.teacher is None else build_network(recipe.teacher).eval()

@@ -1,6 +1,4 @@
-import platform
 from collections.abc import Iterator
-from pathlib import Path
 
 import pytest
 import torch
@@ -34,12 +32,3 @@ def dncnn() -> Deployed:
 @pytest.fixture
 def edsr() -> Deployed:
     return deploy("edsr", 8)
-
-
-@pytest.fixture(scope="session")
-def exact_kernels() -> None:
-    """On x86 without VNNI, ONNX Runtime's 8-bit products saturate in int16 (its documentation)."""
-    cpuinfo = Path("/proc/cpuinfo")
-    flags = cpuinfo.read_text() if cpuinfo.exists() else ""
-    if platform.machine() in ("x86_64", "AMD64") and "vnni" not in flags:
-        pytest.skip("this processor has no VNNI: ONNX Runtime's integer products saturate")

@@ -15,6 +15,7 @@ from torch import Tensor, fx, nn
 
 from sparkir.deploy.onnx import to_onnx
 from sparkir.deploy.parity import Parity, check_parity
+from sparkir.deploy.runtime import saturates
 from sparkir.deploy.session import Session, open_session
 from sparkir.models.facts import ModelFacts
 from sparkir.models.registry import build
@@ -184,6 +185,7 @@ def deploy(
         target=target,
         activation_grid=grid,
         float_layers=float_layers,
+        reduce_range=saturates("openvino" if target == "openvino" else "onnxruntime"),
     )
     student = prepare(network, spec)
     calibrate(student, [images(network.facts, 2, 32, 24)])

@@ -34,7 +34,6 @@ def stored(model: onnx.ModelProto, kind: int) -> dict[str, np.ndarray]:
     }
 
 
-@pytest.mark.usefixtures("exact_kernels")
 @pytest.mark.parametrize("shape", [(1, 15, 15), (2, 16, 23), (3, 33, 18)])
 def test_any_batch_height_and_width_gives_the_integer_networks_pixels(deployed, shape):
     x = images(deployed.facts, *shape)
@@ -131,7 +130,6 @@ def test_the_file_says_what_it_is(deployed):
         assert not any(d.HasField("dim_value") for d in (batch, height, width))
 
 
-@pytest.mark.usefixtures("exact_kernels")
 def test_every_layer_runs_on_integers_but_those_left_in_float(deployed):
     fusion, placement = deployed.parity.fusion, placement_of(deployed.frozen)
     expected = {"srcnn": 1, "everything": 1}  # the bicubic step; the reflecting convolution
@@ -162,7 +160,6 @@ def test_additions_tables_and_concatenations_run_on_integers():
     assert (fusion.integer["QLinearAdd"], fusion.integer["QLinearMul"]) == (5, 1)
 
 
-@pytest.mark.usefixtures("exact_kernels")
 def test_layers_of_equal_weights_have_names_of_their_own():
     """The exporter keeps equal constants once, and no two nodes may have one name."""
     found = deploy("twins", 8)

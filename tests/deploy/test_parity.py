@@ -1,6 +1,7 @@
 """The gate: a file that shows other pixels than the integer network must not pass."""
 
 import copy
+import dataclasses
 
 import numpy as np
 import onnx
@@ -10,12 +11,11 @@ from exported import deploy, images
 from onnx import TensorProto, numpy_helper
 
 from sparkir.deploy import parity as parity_module
+from sparkir.deploy import runtime
 from sparkir.deploy.parity import LayerParity, Parity, check_parity, require_parity
 from sparkir.errors import SparkirError
 from sparkir.quant.prepare import placement_of
 from sparkir.quant.reference import IntegerQuantizer
-
-pytestmark = pytest.mark.usefixtures("exact_kernels")
 
 
 def test_an_honest_file_passes(deployed):
@@ -214,3 +214,25 @@ def test_only_three_failures_are_told(dncnn):
     with pytest.raises(SparkirError) as caught:
         require_parity(parity)
     assert str(caught.value).endswith(": grid 0 differs; grid 1 differs; grid 2 differs")
+
+
+def test_a_processor_that_saturates_is_named_with_its_remedy(dncnn):
+    parity = dataclasses.replace(dncnn.parity, failures=["grid differs"], saturated=True)
+    with pytest.raises(SparkirError, match=r"no VNNI.*quant\.reduce_range = true, or export"):
+        require_parity(parity)
+
+
+@pytest.mark.parametrize(
+    ("here", "expected"),
+    [
+        ({"architecture": "x86_64", "avx2": True}, True),
+        ({"architecture": "x86_64", "avx512_f": True, "avx512_vnni": False}, True),
+        ({"architecture": "x86_64", "avx512_vnni": True}, False),
+        ({"architecture": "x86_64", "avx_vnni": True}, False),
+        ({"architecture": "aarch64"}, False),
+    ],
+)
+def test_which_processors_saturate_in_openvino(monkeypatch, here, expected):
+    monkeypatch.setattr(runtime, "get_capabilities", lambda: here)
+    assert runtime.saturates("openvino") == expected
+    assert not runtime.saturates("onnxruntime")

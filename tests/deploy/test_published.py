@@ -74,7 +74,6 @@ def test_8_bits_without_training_lose_little(frozen, set5):
 
 
 @pytest.mark.data
-@pytest.mark.usefixtures("exact_kernels")
 def test_the_file_shows_the_integer_networks_pixels(frozen, set5):
     model = to_onnx(frozen)
     runtime = RuntimeNetwork(model.SerializeToString())
@@ -90,7 +89,6 @@ def test_the_file_shows_the_integer_networks_pixels(frozen, set5):
 
 
 @pytest.mark.data
-@pytest.mark.usefixtures("exact_kernels")
 @pytest.mark.parametrize("target", ["portable", "openvino"])
 @pytest.mark.parametrize("bits", [8, 4])
 def test_no_order_of_operations_matters(rfdn, set5, development_data, target, bits):

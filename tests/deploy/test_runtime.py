@@ -14,7 +14,6 @@ from sparkir.errors import SparkirError
 from sparkir.evaluate.infer import restore_image
 
 
-@pytest.mark.usefixtures("exact_kernels")
 def test_a_file_is_a_network(tmp_path, edsr):
     path = tmp_path / "model.onnx"
     write_model(edsr.model, path)

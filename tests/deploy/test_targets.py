@@ -12,8 +12,6 @@ from sparkir.models.registry import available
 from sparkir.quant.prepare import placement_of
 from sparkir.quant.spec import QuantSpec
 
-pytestmark = pytest.mark.usefixtures("exact_kernels")
-
 WIDTHS = [(8, 8), (4, 8), (4, 4)]
 TARGETS = ["onnxruntime", "portable", "openvino"]
 NETWORKS = ["srcnn", "dncnn", "edsr", "rfdn", "anchored"]

@@ -4,14 +4,15 @@ import itertools
 
 import pytest
 import torch
-from toys import CASES, images
+import torch.nn.functional as F
+from toys import CASES, Toy, images
 
 from sparkir.quant.arithmetic import exact_rounding, to_multiple, to_odd_fraction, to_power_of_two
 from sparkir.quant.calibrate import calibrate
-from sparkir.quant.layers import FRACTION_BITS, IMAGE_PARTS, QuantLayer
+from sparkir.quant.layers import FRACTION_BITS, IMAGE_PARTS, QuantLayer, Table
 from sparkir.quant.prepare import prepare
 from sparkir.quant.quantizer import ActivationQuantizer
-from sparkir.quant.reference import freeze
+from sparkir.quant.reference import IntegerLayer, IntegerQuantizer, freeze
 from sparkir.quant.spec import QuantSpec
 
 ANY_ORDER = ["portable", "openvino"]
@@ -131,3 +132,55 @@ def test_what_is_added_into_the_image_counts_odd_parts_of_its_step():
         parts = layer.sum_scale.double() * 255 * IMAGE_PARTS
         assert (parts - parts.round()).abs().max() < 1e-3
         assert parts.min() > 0.5
+
+
+@pytest.mark.parametrize("case", CASES.values(), ids=CASES)
+def test_a_reduced_range_holds_every_weight_to_7_bits(case):
+    """Of learned layers and of constants; and no grid is stored as int8, but for int8 alone."""
+    network = case.network()
+    spec = QuantSpec(target="openvino", reduce_range=True)
+    student = prepare(network, spec)
+    calibrate(student, [images(network)])
+    frozen = freeze(student)
+    layers = [m for m in frozen.modules() if isinstance(m, IntegerLayer)]
+    assert layers
+    for layer in layers:
+        assert int(layer.weight.min()) >= -64
+        assert int(layer.weight.max()) <= 63
+    assert not any(m.signed for m in frozen.modules() if isinstance(m, IntegerQuantizer))
+    assert spec.label == "W7A8"
+
+
+def test_a_slope_is_a_table_where_sums_flow_on():
+    """A product of sums and a slope has more bits than float32: each runtime rounds it its way."""
+
+    class Leaky(Toy):
+        def body(self, x):
+            return F.leaky_relu(self.middle(x) + x, 0.05)
+
+    student = prepare(Leaky(), QuantSpec(target="openvino"))
+    calls = [n for n in student.graph.nodes if n.op == "call_module"]
+    (table,) = [n for n in calls if isinstance(student.get_submodule(n.target), Table)]
+    made_by = student.get_submodule(table.all_input_nodes[0].target)
+    assert isinstance(made_by, ActivationQuantizer)
+    assert made_by.bits == 8
+
+
+@pytest.mark.parametrize("shifts", [False, True])
+def test_a_zero_point_added_first_rounds_away_the_last_bits(shifts):
+    """19.5 - 2**-18 rounds to 19; with a zero point of 128 added first, float32 holds 147.5."""
+    grid = ActivationQuantizer(bits=8, symmetric=True)
+    grid.power_of_two, grid.shift_reals = True, shifts
+    grid.observer = None
+    with torch.no_grad():
+        grid.zero_point.fill_(128.0)
+    grid.load_state_dict(grid.state_dict())
+    near = torch.tensor([19.5 - 2.0**-18])
+    assert float(grid.eval()(near).ints.detach()) == (20 if shifts else 19)
+
+
+@pytest.mark.parametrize(("target", "shifts"), [("portable", False), ("openvino", True)])
+def test_only_a_target_that_fuses_adds_it_first(target, shifts):
+    student = prepare(CASES["residual"].network(), QuantSpec(target=target))
+    grids = [m for m in student.modules() if isinstance(m, ActivationQuantizer)]
+    assert any(grid.shift_reals for grid in grids) == shifts

@@ -20,6 +20,9 @@ _TYPES: dict[str, tuple[type, ...]] = {
 }
 
 
+_WITHOUT_VNNI = 'in ONNX Runtime, needs the session option `session.x64quantprecision` = "1"'
+
+
 @dataclass(frozen=True, kw_only=True)
 class Card:
     """The facts of a deployed network, kept in the file's metadata."""
@@ -57,6 +60,7 @@ class Card:
             ("sizes", f"at least {facts.min_size_px} px, multiples of {facts.size_multiple}"),
             ("quantization", self.quantization),
             ("made for", self.target or "not stated"),
+            *[("x86 without VNNI", _WITHOUT_VNNI)] * (self.quantization != "float"),
             ("measured", self.metrics or "not stated"),
             ("licence of the training images", self.licence or "not stated"),
         ]

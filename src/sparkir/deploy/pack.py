@@ -26,6 +26,7 @@ def make_small(model: onnx.ModelProto, alike: Iterable[Sequence[str]]) -> None:
     """
     _name_after_layers(model, alike)
     _derive_bias_steps(model)
+    _separate_constants(model)
     pack_weights(model)
     _shorten(model)
 
@@ -71,6 +72,53 @@ def _derive_bias_steps(model: onnx.ModelProto) -> None:
     for tensor in [t for t in model.graph.initializer if t.name in derived.keys() - factors]:
         model.graph.initializer.remove(tensor)
         model.graph.node.insert(0, derived[tensor.name])
+
+
+def _separate_constants(model: onnx.ModelProto) -> None:
+    """Let every layer read its integers under names of its own; the file still holds weights once.
+
+    For processors without VNNI, ONNX Runtime makes weights unsigned (`session.EXACT_PRODUCTS`). It
+    names what it makes after what it was made of, and cannot open a file where two layers read one.
+    """
+    import onnx
+
+    nodes: list[onnx.NodeProto] = []
+    used: set[str] = set()
+    of_layers = {n.output[0]: n for n in model.graph.node if _is_of_a_layer(n)}
+    stored = {tensor.name: tensor for tensor in model.graph.initializer}
+
+    def own(name: str) -> str:
+        mine = f"{name}.{len(nodes)}" if name in used else name
+        used.add(mine)
+        return mine
+
+    for node in model.graph.node:
+        for slot, name in enumerate(node.input):
+            if name not in of_layers:
+                continue
+            made = onnx.NodeProto()
+            made.CopyFrom(of_layers[name])
+            integers, _, *zeros = made.input
+            made.input[0] = own(integers)
+            if made.input[0] != integers:  # a copy when the file is opened
+                nodes.append(onnx.helper.make_node("Concat", [integers], [made.input[0]], axis=0))
+            for zero in zeros:  # a few bytes; ONNX Runtime finds copies of equal numbers, and joins
+                made.input[2] = own(zero)
+                if made.input[2] != zero:
+                    model.graph.initializer.add().CopyFrom(stored[zero])
+                    model.graph.initializer[-1].name = made.input[2]
+            made.output[0] = node.input[slot] = own(name)
+            nodes.append(made)
+        if not _is_of_a_layer(node):
+            nodes.append(node)
+    del model.graph.node[:]
+    model.graph.node.extend(nodes)
+
+
+def _is_of_a_layer(node: onnx.NodeProto) -> bool:
+    """Whether it makes a layer's weights or biases, which have a step for each channel."""
+    per_channel = any(a.name == "axis" and a.i == 0 for a in node.attribute)
+    return node.op_type == "DequantizeLinear" and per_channel
 
 
 def _shorten(model: onnx.ModelProto) -> None:
@@ -119,6 +167,8 @@ def pack_weights(model: onnx.ModelProto) -> dict[str, int]:
         if tensor.data_type != onnx.TensorProto.INT8 or not tensor.dims:
             continue
         values = onnx.numpy_helper.to_array(tensor)
+        if not values.any():  # zero points
+            continue
         if _fits(values, _TWO_BITS):
             packed[tensor.name] = 2
             two_bits.append(tensor)

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, fx
 
 from sparkir.deploy.qdq import grid_calls
-from sparkir.deploy.runtime import Fusion, fusion_of
+from sparkir.deploy.runtime import Fusion, fusion_of, saturates
 from sparkir.deploy.session import TITLES, Runtime, open_session
 from sparkir.errors import SparkirError
 from sparkir.models.facts import facts_of
@@ -41,6 +41,11 @@ LARGEST_SHARE_ELSEWHERE = 1e-5
 LARGEST_SHARE_FLOAT = 1e-4
 """Of values that may differ by one level behind an operation left in floating point, whose sums two
 libraries take in different orders."""
+
+SATURATES = (
+    "this processor has no VNNI, and OpenVINO's sums of 8-bit products saturate without it: train "
+    "with quant.reduce_range = true"
+)
 
 
 @dataclass(frozen=True)
@@ -82,6 +87,8 @@ class Parity:
     grids: int
     """QDQ pairs in the file, as many as the network has quantizer calls."""
     failures: list[str] = field(default_factory=list)
+    saturated: bool = False
+    """Whether the runtime cannot be right on this processor, with weights of 8 bits."""
 
     def summary(self) -> str:
         """One line for the user."""
@@ -141,6 +148,7 @@ def check_parity(
         fusion=fusion,
         grids=len(grid_calls(frozen)),
         failures=_failures(layers, differing, pixels, largest),
+        saturated=saturates(runtime) and not placement_of(frozen).spec.reduce_range,
     )
 
 
@@ -151,9 +159,11 @@ def require_parity(parity: Parity) -> None:
         SparkirError: naming the first layer that diverges.
     """
     if parity.failures:
+        hint = f"; {SATURATES}, or export on a machine that has it" if parity.saturated else ""
         raise SparkirError(
             "the exported file does not match the integer network, so nothing was written: "
             + "; ".join(parity.failures[:3])
+            + hint
         )
 
 

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.cpu import get_capabilities
 
 from sparkir.deploy.card import read_card
 from sparkir.deploy.session import OnnxRuntimeSession, OpenVinoSession, Runtime, open_session
@@ -22,6 +23,17 @@ _INTEGER = ("QLinear", "ConvInteger", "MatMulInteger", "QGemm", "NhwcMaxPool")
 _INTEGER_LAYERS = ("QLinearConv", "QLinearMatMul", "QGemm")
 _FLOAT_LAYERS = ("Conv", "FusedConv", "NhwcFusedConv", "ConvTranspose", "Gemm", "MatMul")
 _NO_WORK = ("Input", "Output", "Const", "Reshape", "ShapeOf", "Reorder")
+
+
+def saturates(runtime: Runtime) -> bool:
+    """Whether `runtime` would add two products of 8 bits in 16 bits on this processor.
+
+    An x86 without VNNI has no instruction that adds them in 32. ONNX Runtime has other kernels for
+    it (`session.EXACT_PRODUCTS`); OpenVINO then computes right only with weights of 7 bits.
+    """
+    here = get_capabilities()
+    has_vnni = here.get("avx512_vnni") or here.get("avx_vnni")
+    return runtime == "openvino" and here.get("architecture") == "x86_64" and not has_vnni
 
 
 class RuntimeNetwork(nn.Module):

@@ -13,12 +13,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-_LARGEST = 127
 _TOLERANCE = 1e-4  # of a step: float32 holds weights of 7 bits a hundred times better
 
 
 class ConstantConv2d(nn.Conv2d):
-    """A convolution whose weights never change and are whole numbers of 8 bits times a step."""
+    """A convolution whose weights never change and are small whole numbers times a step."""
 
     step: Tensor
     """(C_out,)"""
@@ -49,17 +48,17 @@ class ConstantConv2d(nn.Conv2d):
         self.register_buffer("step", step, persistent=False)
 
 
-def exact_step(weight: Tensor) -> Tensor | None:
+def exact_step(weight: Tensor, *, bits: int = 8) -> Tensor | None:
     """(C_out,), the smallest steps of which all of `weight` (C_out, ...) is a multiple.
 
-    None if 8 bits do not hold a row so.
+    None if so few bits do not hold a row so.
     """
     rows = weight.detach().double().flatten(1)
     largest = rows.abs().amax(1)
     if not bool((largest > 0).all()):
         return None
     step = torch.zeros_like(largest)
-    for level in range(1, _LARGEST + 1):
+    for level in range(1, 2 ** (bits - 1)):
         ints = rows * (level / largest)[:, None]
         exact = ((ints - ints.round()).abs() < _TOLERANCE).all(1)
         step = torch.where(exact, largest / level, step)

@@ -106,10 +106,6 @@ _MODULES: dict[type[nn.Module], Kind] = {
     nn.PixelUnshuffle: Kind.PASS,
     nn.Identity: Kind.PASS,
 }
-_TRANSCENDENTAL = {
-    *(torch.sigmoid, F.sigmoid, "sigmoid", F.gelu, F.silu),
-    *(nn.Sigmoid, nn.GELU, nn.SiLU),
-}
 _EXPONENTIAL = "an exponential needs more than 8 bits"
 _NORMALISATION = "a normalisation needs the real statistics"
 REASONS: dict[Any, str] = {
@@ -338,14 +334,6 @@ def _only_moves(node: fx.Node, tensors: set[fx.Node]) -> bool:
         return True
     words = named(node, "input pad mode value")
     return words.get("mode", "constant") != "constant" or not words.get("value")
-
-
-def is_transcendental(node: fx.Node, network: fx.GraphModule) -> bool:
-    """Whether an operation is a function that no two libraries compute alike."""
-    if node.op == "call_module":
-        module = network.get_submodule(str(node.target))
-        return type(module) in _TRANSCENDENTAL or hasattr(module, "of_one_value")
-    return node.target in _TRANSCENDENTAL
 
 
 def is_constant(node: fx.Node, network: fx.GraphModule) -> bool:

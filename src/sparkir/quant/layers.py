@@ -67,7 +67,7 @@ class QuantLayer(nn.Module):
         self.weight_quantizer: WeightQuantizer | ConstantQuantizer = (
             WeightQuantizer(self.real_weight().shape[0], bits=bits, learned=learned)
             if step is None
-            else ConstantQuantizer(step)
+            else ConstantQuantizer(step, bits=bits)
         )
         # Tuples, so that the grids do not become submodules.
         self.writes: tuple[ActivationQuantizer] | None = None

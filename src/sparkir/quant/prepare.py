@@ -28,7 +28,6 @@ from sparkir.quant.graph import (
     dimension_of,
     is_constant,
     is_exponential,
-    is_transcendental,
     parts_of,
     reason_for_float,
     trace,
@@ -128,7 +127,8 @@ def prepare(network: nn.Module, spec: QuantSpec) -> fx.GraphModule:
         break
     _require_same(network, module, example)
     more = example_px(facts, at_least=side + _MORE_PX) - side
-    rewrite(module, example, F.pad(example, (0, more, 0, more)))
+    larger = F.pad(example, (0, more, 0, more))
+    rewrite(module, example, larger, constant_bits=spec.most_weight_bits)
     make_interpolation_exact(module)
     plan = _Plan(module, classify(module, example), spec)
     prepared = _Rewriter(module, plan, image_step=facts.value_range / 255).run()
@@ -181,8 +181,9 @@ class _Plan:
             why = "it reads the image, whose 256 levels no int8 holds"
             self.left_out |= dict.fromkeys(self._reached_layers(Kind.INPUT), why)
         self.kinds = kinds | dict.fromkeys(self.left_out, Kind.FLOAT)
-        # Runtimes approximate such functions; a grid on either side makes them a table for all.
-        self.from_tables = {n for n in self.tensors if is_transcendental(n, module)}
+        # Runtimes approximate some of these functions, and the product of sums and a slope has more
+        # bits than float32; a grid on either side makes them a table for all.
+        self.tables = {n for n in self.tensors if kinds[n] is Kind.TABLE}
         self.on_carriers = self._on_carriers(module)
         self.absorbed: set[fx.Node] = set()
         self.owners: dict[fx.Node, fx.Node] = {}
@@ -210,10 +211,11 @@ class _Plan:
 
     def weight_bits(self, layer: fx.Node) -> int:
         """Bits of `layer`'s weights."""
-        if layer in self.constant:
-            return CARRIER_BITS
         spec = self.spec
-        return spec.first_last_bits if layer in self.edge_layers else spec.weight_bits
+        if layer in self.constant:
+            return spec.most_weight_bits
+        bits = spec.first_last_bits if layer in self.edge_layers else spec.weight_bits
+        return min(bits, spec.most_weight_bits)
 
     def request_of(self, node: fx.Node) -> _Request:
         """What `node` asks of the tensors it reads."""
@@ -237,7 +239,7 @@ class _Plan:
             case Kind.FIXED:
                 return _CARRIER
             case _:
-                return _FLOAT if self.fuses and node not in self.from_tables else _CARRIER
+                return _FLOAT if self.fuses and node not in self.tables else _CARRIER
 
     def grid_of(self, node: fx.Node) -> _Request | None:
         """The grid on which `node`'s result is made; None when it is not on one."""
@@ -274,7 +276,7 @@ class _Plan:
         No two libraries compute an exponential alike; and where real values flow, a product of
         them is exact only if few bits come in.
         """
-        found = {n for n in self.tensors if n in self.from_tables or is_exponential(n, module)}
+        found = {n for n in self.tensors if n in self.tables or is_exponential(n, module)}
         for node in self.tensors if self.fuses else []:
             if self.kinds[node] in (Kind.MULTIPLY, Kind.MATRIX_PRODUCT, Kind.AVERAGE):
                 found.update(self._maker(source) for source in self.tensor_inputs(node))
@@ -365,8 +367,11 @@ class _Rewriter:
                 self._write(node)
         self.graph.lint()
         self.module.delete_all_unused_submodules()
-        if self.plan.spec.runs_on.any_order:
-            restrict_steps(self.module)
+        spec = self.plan.spec
+        if spec.runs_on.any_order:
+            # Without VNNI, OpenVINO halves the weights of a layer that reads int8, and rounds them.
+            signed = not spec.reduce_range
+            restrict_steps(self.module, fuses=spec.runs_on.fuses, signed=signed)
         self.module.recompile()
         setattr(self.module, "placement", self.placement)  # noqa: B010 - for mypy
         return self.module

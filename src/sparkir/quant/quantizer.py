@@ -68,6 +68,8 @@ class ActivationQuantizer(nn.Module):
         self.int8_only = self.prefers_int8 = int8_only
         self.power_of_two = False
         """Whether the step must be one; see `steps`."""
+        self.shift_reals = False
+        """Whether real values get the zero point added before they are rounded; see `quantize`."""
         self.rounds_again: tuple[ActivationQuantizer] | None = None
         """The grid of the values that this one rounds a second time, in a tuple so that it does
         not become a submodule; the ratio of the steps must then be an odd fraction."""
@@ -130,7 +132,7 @@ class ActivationQuantizer(nn.Module):
             levels=self.levels,
             exact=not self.training and rounds_exactly(),
             clip_only=self.learned == "pams",
-            shift_reals=self.power_of_two,
+            shift_reals=self.shift_reals,
         )
 
     def _shares_grid(self, value: Quantized) -> bool:
@@ -230,14 +232,14 @@ class WeightQuantizer(nn.Module):
 
 
 class ConstantQuantizer(nn.Module):
-    """The grid of constant weights, which lie on it already; 8 bits."""
+    """The grid of constant weights, which lie on it already."""
 
-    bits = 8
     step: Tensor
 
-    def __init__(self, step: Tensor) -> None:
+    def __init__(self, step: Tensor, *, bits: int) -> None:
         """`step` (C_out,) is that of the weights."""
         super().__init__()
+        self.bits = bits
         self.register_buffer("step", step, persistent=False)
 
     def scale(self) -> Tensor:

@@ -39,7 +39,7 @@ class IntegerQuantizer(nn.Module):
         self.register_buffer("scale", quantizer.scale().detach().clone())
         self.register_buffer("zero_point", quantizer.zero_point.clone())
         self.levels, self.zero_level = quantizer.levels, quantizer.zero_level
-        self.signed, self.shift_reals = quantizer.signed, quantizer.power_of_two
+        self.signed, self.shift_reals = quantizer.signed, quantizer.shift_reals
 
     def forward(self, value: Value) -> Quantized:
         """Round `value` to the grid."""

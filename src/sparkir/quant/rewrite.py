@@ -34,15 +34,19 @@ _HOW = ("how", "chunks", "split_size", "split_size_or_sections")
 _CUTS = ("chunk", "split", torch.chunk, torch.split)
 
 
-def rewrite(module: fx.GraphModule, small: Tensor, large: Tensor) -> None:
+def rewrite(
+    module: fx.GraphModule, small: Tensor, large: Tensor, *, constant_bits: int = 8
+) -> None:
     """Change `module` in place.
 
     Args:
         module: a traced network.
         small: an input that it can take, (1, C, H, W).
         large: another, of another height and width.
+        constant_bits: that constant weights may take.
     """
-    rewriter = _Rewriter(module, shapes_of(module, small), shapes_of(module, large))
+    shapes = shapes_of(module, small), shapes_of(module, large)
+    rewriter = _Rewriter(module, *shapes, constant_bits=constant_bits)
     constants = _constants(module)
     for node in list(module.graph.nodes):
         rewriter.change(node)
@@ -65,9 +69,11 @@ class _Rewriter:
         module: fx.GraphModule,
         shapes: Mapping[fx.Node, torch.Size],
         shapes_of_larger: Mapping[fx.Node, torch.Size],
+        *,
+        constant_bits: int,
     ) -> None:
         self.module, self.graph, self.shapes = module, module.graph, shapes
-        self.shapes_of_larger = shapes_of_larger
+        self.shapes_of_larger, self.constant_bits = shapes_of_larger, constant_bits
         self.calls = Counter(node.target for node in self.graph.nodes if node.op == "call_module")
 
     def channels(self, node: object) -> int | None:
@@ -114,12 +120,12 @@ class _Rewriter:
         node.args = node.args[:1]
 
     def _constant_convolution(self, node: fx.Node) -> None:
-        """Blurring and interpolating: weights that 8 bits hold exactly."""
+        """Blurring and interpolating: weights that few bits hold exactly."""
         words = named(node, "input weight bias stride padding dilation groups")
         weight = self._constant(words.get("weight"))
         if weight is None or words.get("bias") is not None or not node.args:
             return
-        step = exact_step(weight)
+        step = exact_step(weight, bits=self.constant_bits)
         padding = words.get("padding", 0)
         if step is None or isinstance(padding, str):
             return
@@ -146,7 +152,8 @@ class _Rewriter:
             self._average(node, flat=not keep)
         elif dims == {1} and keep and channels is not None:
             weight = torch.full((1, channels, 1, 1), 1 / channels)
-            self._call(node, ConstantConv2d(weight, cast("Tensor", exact_step(weight))))
+            step = cast("Tensor", exact_step(weight, bits=self.constant_bits))
+            self._call(node, ConstantConv2d(weight, step))
 
     def _average(self, node: fx.Node, *, flat: bool = False) -> None:
         self._call(node, GlobalAverage())

@@ -32,6 +32,10 @@ class QuantSpec:
     """2 to 8; per tensor, stored unsigned."""
     first_last_bits: int = 8
     """Bits of the first and last layer's weights and inputs; they see and make the image itself."""
+    reduce_range: bool = False
+    """Hold weights of 8 bits to 7, -64 to 63, for OpenVINO on x86 without VNNI: there a sum of two
+    8-bit products must fit 16 bits, or it saturates and the image is another. ONNX Runtime needs no
+    such thing."""
     float_layers: tuple[str, ...] = ()
     """Layers to leave in floating point, by name; `*` stands for anything, as in `tail.*`. The
     first and last layer stay those of the whole network: no other takes their place."""
@@ -71,6 +75,11 @@ class QuantSpec:
         return self.activation_grid == "symmetric"
 
     @property
+    def most_weight_bits(self) -> int:
+        """Of any layer's weights."""
+        return 7 if self.reduce_range else 8
+
+    @property
     def label(self) -> str:
         """The field's shorthand, such as `W4A8`."""
-        return f"W{self.weight_bits}A{self.activation_bits}"
+        return f"W{min(self.weight_bits, self.most_weight_bits)}A{self.activation_bits}"

@@ -9,10 +9,9 @@ a bias or a zero point, which way they round a tie. None of that can matter if
   the sum. Sums of a layer that go on in real values count whole parts of the step of the grid that
   they reach, 2**15 to a step, for the same reason. The image's own step is no power of two: there
   they count an odd number of parts to a step, and a sum is near a tie no more than an odd fraction;
-* a grid that is read as real values is symmetric: no zero point is left to be multiplied out.
-
-Not covered is the slope of a LeakyReLU between sums and the grid that they reach: a product with it
-has more bits than float32, and may come to lie on either side of a tie.
+* a grid that is read as real values is symmetric: no zero point is left to be multiplied out;
+* a function of one value, the slope of a LeakyReLU included, reads a grid and not sums: a product
+  of sums with it has more bits than float32, and may come to lie on either side of a tie.
 
 Weight steps are learned per channel, so that being off by a percent costs nothing; a power of two
 costs a carrier of 8 bits half a bit at most.
@@ -42,8 +41,15 @@ _IN_POWERS_OF_TWO = (Add, Multiply, MatrixProduct, Fixed)
 _MOVES = (Tap, PassThrough, Concatenate)
 
 
-def restrict_steps(prepared: fx.GraphModule) -> None:
-    """Tell every grid and layer of a prepared, uncalibrated network what its steps may be."""
+def restrict_steps(prepared: fx.GraphModule, *, fuses: bool, signed: bool) -> None:
+    """Tell every grid and layer of a prepared, uncalibrated network what its steps may be.
+
+    Args:
+        prepared: what `prepare` made.
+        fuses: whether the runtime does; it then adds the zero point to real values before it rounds
+            them.
+        signed: whether symmetric grids that are read as real values are stored as int8.
+    """
     modules = dict(prepared.named_modules())
     calls = [node for node in prepared.graph.nodes if node.op == "call_module"]
     for node in calls:
@@ -53,7 +59,8 @@ def restrict_steps(prepared: fx.GraphModule) -> None:
     for node in calls:
         module = modules[str(node.target)]
         if isinstance(module, ActivationQuantizer) and module.image_step is None:
-            _restrict_grid(node, module, modules)
+            _restrict_grid(node, module, modules, signed=signed)
+            module.shift_reals = fuses and module.power_of_two
 
 
 def _restrict_layer(node: fx.Node, layer: QuantLayer, modules: dict[str, nn.Module]) -> None:
@@ -64,7 +71,9 @@ def _restrict_layer(node: fx.Node, layer: QuantLayer, modules: dict[str, nn.Modu
         layer.flows_to = tuple(_grids_after(node, modules))
 
 
-def _restrict_grid(node: fx.Node, grid: ActivationQuantizer, modules: dict[str, nn.Module]) -> None:
+def _restrict_grid(
+    node: fx.Node, grid: ActivationQuantizer, modules: dict[str, nn.Module], *, signed: bool
+) -> None:
     made_by = _module(_source(node, modules, AbsorbedReLU, *_MOVES), modules)
     if isinstance(made_by, ActivationQuantizer) and made_by is not grid:
         grid.rounds_again = (made_by,)
@@ -81,7 +90,7 @@ def _restrict_grid(node: fx.Node, grid: ActivationQuantizer, modules: dict[str, 
         if isinstance(module, QuantLayer) and module.flows_to:
             grid.power_of_two = True
         if added:
-            grid.symmetric = grid.prefers_int8 = True
+            grid.symmetric, grid.prefers_int8 = True, signed
 
 
 def _grids_after(node: fx.Node, modules: dict[str, nn.Module]) -> list[ActivationQuantizer]:
