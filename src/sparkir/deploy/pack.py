@@ -84,6 +84,7 @@ def _separate_constants(model: onnx.ModelProto) -> None:
 
     nodes: list[onnx.NodeProto] = []
     used: set[str] = set()
+    last: dict[str, str] = {}
     of_layers = {n.output[0]: n for n in model.graph.node if _is_of_a_layer(n)}
     stored = {tensor.name: tensor for tensor in model.graph.initializer}
 
@@ -100,8 +101,10 @@ def _separate_constants(model: onnx.ModelProto) -> None:
             made.CopyFrom(of_layers[name])
             integers, _, *zeros = made.input
             made.input[0] = own(integers)
-            if made.input[0] != integers:  # a copy when the file is opened
-                nodes.append(onnx.helper.make_node("Concat", [integers], [made.input[0]], axis=0))
+            if made.input[0] != integers:  # a copy when the file is opened; of the last, for two
+                source = last.get(integers, integers)  # copies of one would be joined again
+                nodes.append(onnx.helper.make_node("Concat", [source], [made.input[0]], axis=0))
+                last[integers] = made.input[0]
             for zero in zeros:  # a few bytes; ONNX Runtime finds copies of equal numbers, and joins
                 made.input[2] = own(zero)
                 if made.input[2] != zero:

@@ -87,7 +87,12 @@ class QdqLayer(nn.Module):
     """A layer over real values whose weights and bias are dequantized integers."""
 
     def __init__(
-        self, layer: IntegerLayer, *, in_rows: bool = True, adds_bias: bool = False
+        self,
+        layer: IntegerLayer,
+        *,
+        in_rows: bool = True,
+        adds_bias: bool = False,
+        says_zero: bool = False,
     ) -> None:
         """The same layer.
 
@@ -97,12 +102,15 @@ class QdqLayer(nn.Module):
                 matrix, ONNX Runtime would add its bias in float.
             adds_bias: a convolution's bias is added behind it. As a part of it, OpenVINO gives
                 the first's to all channels where a network has a matrix product behind a reshaping.
+            says_zero: a convolution's weights have zero points, of zeros. Where it reads real values,
+                ONNX Runtime on x86 without VNNI otherwise gives all channels one, and stops at it.
         """
         super().__init__()
         self.layer, self.in_rows = layer, in_rows
         self.adds_bias = adds_bias and layer.weight.dim() == 4 and layer.bias is not None
         # Without a zero point, even of zeros, ONNX Runtime keeps a Gemm in floating point.
-        zero = layer.weight.new_zeros(len(layer.weight)) if layer.weight.dim() == 2 else None
+        needs_zero = says_zero or layer.weight.dim() == 2
+        zero = layer.weight.new_zeros(len(layer.weight)) if needs_zero else None
         self.register_buffer("zero", zero)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -154,7 +162,8 @@ def to_qdq(frozen: fx.GraphModule) -> fx.GraphModule:
     view: Any = copy.deepcopy(frozen)
     find_integers(view)
     fuses = placement_of(frozen).spec.runs_on.fuses
-    words: Any = {"in_rows": not fuses, "adds_bias": fuses and _multiplies_reshaped(view)}
+    adds_bias = fuses and _multiplies_reshaped(view)
+    words: Any = {"in_rows": not fuses, "adds_bias": adds_bias, "says_zero": fuses}
     for name, module in list(view.named_modules()):
         if isinstance(module, IntegerQuantizer):
             view.set_submodule(name, QdqGrid(module))
