@@ -24,6 +24,7 @@ from torch import Tensor, nn
 
 from sparkir.assemble import Materials, convention_of, gather, quantize_student
 from sparkir.deploy.onnx import to_float_onnx, write_model
+from sparkir.deploy.session import EXACT_PRODUCTS
 from sparkir.evaluate.benchmark import Restorer, evaluate, mean
 from sparkir.evaluate.metrics import to_uint8
 from sparkir.models.facts import facts_of
@@ -124,6 +125,7 @@ def quantized_by_onnxruntime(student: nn.Module, materials: Materials, folder: P
 def open_file(path: Path) -> onnxruntime.InferenceSession:
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = 1
+    options.add_session_config_entry(EXACT_PRODUCTS, "1")
     return onnxruntime.InferenceSession(str(path), options)
 
 

@@ -4,16 +4,18 @@
     python records/reproduction/make.py DATA PHOTOGRAPHS rfdn-x4-w8a8     # one
 
 DATA holds test/Set14/HR, test/Urban20/HR (the first 20 of Urban100), weights/RFDN/RFDN_AIM.pth (the
-published teacher at x4) and the pairs in tasks/lowlight_LOL_train and tasks/lowlight_LOL_eval15;
+published teacher at x4) and the pairs in tasks/lowlight_LOL_train, tasks/lowlight_LOL_eval15 and
+tasks/realnoise_PolyU (the 100 of PolyU's crops; those of eight scenes are for testing);
 PHOTOGRAPHS is a folder with the 454 of CID22 (55) and BSDS500's train and test splits (399).
 """
 
 import argparse
 import re
+import shutil
 import subprocess
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 HERE = Path(__file__).parent
@@ -37,6 +39,10 @@ ONE_SEED = (
 ALL = "fakd,dckd,slkd," + CONTROLS
 BASELINES = ("truth", "kd", "kd-mse@1", "constant:spark-paper", "random:spark-paper", "float")
 FEW = "degraded,teacher,ptq,qat,truth,kd-matched,spark-paper,spark"
+FEWER = (
+    "degraded,teacher,float,ptq,qat,truth,kd-mse@1,kd-matched,"
+    "constant:spark-paper,spark-paper,spark"
+)
 SCORED = "degraded,teacher,float,ptq,qat,kd-matched,spark-paper,spark"
 IMITATION = "degraded,teacher,float,ptq,qat,kd,kd@20,kd-matched@20"
 
@@ -64,6 +70,31 @@ FAST = (*SR, "train.compile=true")
 LOW_LIGHT = (
     "data.train={data}/tasks/lowlight_LOL_train",
     "data.test={data}/tasks/lowlight_LOL_eval15",
+)
+POLYU = ("data.train={out}/polyu/train", "data.test={out}/polyu/test")
+POLYU_TEST_SCENES = (
+    "Canon5D2_5_160_6400_circuit",
+    "Canon5D2_5_200_3200_fruit",
+    "Canon600D_4-5_125_1600_book",
+    "Canon80D_8_8_6400_comproom",
+    "NikonD800_11_160_3200_classroom",
+    "NikonD800_8_100_6400_bulletin",
+    "Sony_4-5_125_3200_plant",
+    "Sony_4_200_3200_door",
+)
+REAL_NOISE = Run(
+    "twin-mirnet-dncnn-sidd",
+    PAPER + ",kd-matched,random:spark",
+    (
+        *POLYU,
+        "teacher.weights={out}/teacher-twin-mirnet-sidd/student.safetensors",
+        "student.weights={out}/float-twin-dncnn-sidd/student.safetensors",
+    ),
+    seeds=1,
+    before=(
+        ("teacher-twin-mirnet-sidd", *POLYU, "train.channels_last=true"),
+        ("float-twin-dncnn-sidd", *POLYU),
+    ),
 )
 W2A2 = ("quant.weight_bits=2", "quant.activation_bits=2")
 RUNS = {
@@ -96,6 +127,8 @@ RUNS = {
         seeds=2,
         before=(("teacher-twin-mirnet-lol", *LOW_LIGHT, "train.channels_last=true"),),
     ),
+    "polyu-dncnn": REAL_NOISE,
+    "polyu-dncnn-seeds": replace(REAL_NOISE, methods=FEWER, seeds=2),
     "rfdn-x4-w8a8": Run("twin-rfdn-rfdn-x4", EIGHT_BITS, (*FAST, "train.steps=100"), seeds=2),
     "rfdn-x4-w8a8-imitation": Run(
         "twin-rfdn-rfdn-x4",
@@ -150,6 +183,8 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path("runs/reproduction"))
     chosen = parser.parse_args()
     places = {"data": chosen.data, "photographs": chosen.photographs, "out": chosen.out}
+    if any(name.startswith("polyu") for name in chosen.runs):
+        split_by_scene(chosen.data / "tasks" / "realnoise_PolyU", chosen.out / "polyu")
     for name in chosen.runs:
         run, made = RUNS[name], chosen.out / name
         for recipe, *settings in run.before:
@@ -164,6 +199,15 @@ def main() -> None:
                 to = made / f"to-{re.sub('[:@]', '-', baseline)}.md"
                 to.write_text((made / "comparison.md").read_text("utf-8"), "utf-8")
         keep(made, HERE / name, places)
+
+
+def split_by_scene(pairs: Path, made: Path) -> None:
+    """Copy the pairs of PolyU into `train` and `test`."""
+    for file in pairs.glob("*/*"):
+        part = "test" if file.name.startswith(POLYU_TEST_SCENES) else "train"
+        folder = made / part / file.parent.name
+        folder.mkdir(parents=True, exist_ok=True)
+        shutil.copy(file, folder)
 
 
 def train(recipe: str, settings: Sequence[str], places: dict[str, Path]) -> None:

@@ -102,8 +102,8 @@ class QdqLayer(nn.Module):
                 matrix, ONNX Runtime would add its bias in float.
             adds_bias: a convolution's bias is added behind it. As a part of it, OpenVINO gives
                 the first's to all channels where a network has a matrix product behind a reshaping.
-            says_zero: a convolution's weights have zero points, of zeros. Where it reads real values,
-                ONNX Runtime on x86 without VNNI otherwise gives all channels one, and stops at it.
+            says_zero: a convolution's weights have zero points, of zeros. Where it reads real
+                values, ONNX Runtime on x86 without VNNI gives all channels one and stops.
         """
         super().__init__()
         self.layer, self.in_rows = layer, in_rows
