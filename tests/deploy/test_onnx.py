@@ -171,6 +171,20 @@ def test_layers_of_equal_weights_have_names_of_their_own():
     assert found.parity.fusion.float_layers == ()
 
 
+@pytest.mark.parametrize("name", ["twins", "carn-m", "everything"])
+def test_no_two_layers_read_one_constant(name):
+    """Or ONNX Runtime cannot open the file where it makes weights unsigned; all are stored once."""
+    graph = deploy(name, 8).model.graph
+    layers = [n for n in graph.node if n.op_type in ("Conv", "Gemm")]
+    weights = [n for n in graph.node if n.op_type == "DequantizeLinear" and n.attribute]
+    names = [name for node in weights for name in (node.input[0], *node.input[2:])]
+    assert len(layers) <= len(weights)
+    assert len(set(names)) == len(names)
+    copied = [n for n in graph.node if n.op_type == "Concat" and len(n.input) == 1]
+    assert len({n.input[0] for n in copied}) == len(copied)
+    assert bool(copied) == (name != "everything")
+
+
 def test_exporting_again_is_silent_and_gives_the_same_file(dncnn, capfd):
     before = {name: buffer.clone() for name, buffer in dncnn.frozen.named_buffers()}
     again = to_onnx(dncnn.frozen, {"note": "second"})

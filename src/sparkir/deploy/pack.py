@@ -7,6 +7,7 @@ same values.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING
 
@@ -82,40 +83,41 @@ def _separate_constants(model: onnx.ModelProto) -> None:
     """
     import onnx
 
-    nodes: list[onnx.NodeProto] = []
-    used: set[str] = set()
-    last: dict[str, str] = {}
     of_layers = {n.output[0]: n for n in model.graph.node if _is_of_a_layer(n)}
     stored = {tensor.name: tensor for tensor in model.graph.initializer}
+    nodes: list[onnx.NodeProto] = []
+    uses: Counter[str] = Counter()
 
-    def own(name: str) -> str:
-        mine = f"{name}.{len(nodes)}" if name in used else name
-        used.add(mine)
-        return mine
+    def own_copy(dequantize: onnx.NodeProto) -> onnx.NodeProto:
+        made = onnx.NodeProto()
+        made.CopyFrom(dequantize)
+        integers, _, *zeros = dequantize.input
+        number = uses[integers]
+        if number:  # copied when the file is opened; of the last copy, for equal nodes are joined
+            source, made.input[0] = _numbered(integers, number - 1), _numbered(integers, number)
+            nodes.append(onnx.helper.make_node("Concat", [source], [made.input[0]], axis=0))
+        for zero in zeros:  # a few bytes, which would be joined however they are copied
+            if uses[zero]:
+                made.input[2] = _numbered(zero, uses[zero])
+                model.graph.initializer.add().CopyFrom(stored[zero])
+                model.graph.initializer[-1].name = made.input[2]
+        made.output[0] = _numbered(dequantize.output[0], uses[dequantize.output[0]])
+        uses.update([integers, *zeros, dequantize.output[0]])
+        return made
 
     for node in model.graph.node:
         for slot, name in enumerate(node.input):
-            if name not in of_layers:
-                continue
-            made = onnx.NodeProto()
-            made.CopyFrom(of_layers[name])
-            integers, _, *zeros = made.input
-            made.input[0] = own(integers)
-            if made.input[0] != integers:  # a copy when the file is opened; of the last, for two
-                source = last.get(integers, integers)  # copies of one would be joined again
-                nodes.append(onnx.helper.make_node("Concat", [source], [made.input[0]], axis=0))
-                last[integers] = made.input[0]
-            for zero in zeros:  # a few bytes; ONNX Runtime finds copies of equal numbers, and joins
-                made.input[2] = own(zero)
-                if made.input[2] != zero:
-                    model.graph.initializer.add().CopyFrom(stored[zero])
-                    model.graph.initializer[-1].name = made.input[2]
-            made.output[0] = node.input[slot] = own(name)
-            nodes.append(made)
+            if name in of_layers:
+                nodes.append(own_copy(of_layers[name]))
+                node.input[slot] = nodes[-1].output[0]
         if not _is_of_a_layer(node):
             nodes.append(node)
     del model.graph.node[:]
     model.graph.node.extend(nodes)
+
+
+def _numbered(name: str, number: int) -> str:
+    return f"{name}.{number}" if number else name
 
 
 def _is_of_a_layer(node: onnx.NodeProto) -> bool:
