@@ -161,8 +161,9 @@ def test_whole_networks_train_the_same(uncompiled, case, target, learned):
 
 def trained_both_ways(network, spec, x):
     """Output and gradients of a backward pass: plain, then fused."""
-    plain = quantized(network, spec, x).train()
-    for student, fuses in ((plain, False), (copy.deepcopy(plain), True)):
+    original = quantized(network, spec, x).train()
+    # A copy takes the steps of its grids one by one; see `together`.
+    for student, fuses in ((copy.deepcopy(original), False), (original, True)):
         with fused_rounding(fuses):
             assert rounds_fused() == fuses
             output = student(x)
@@ -170,6 +171,33 @@ def trained_both_ways(network, spec, x):
         (output * torch.linspace(-1, 1, output.numel()).view_as(output)).sum().backward()
         gradients = {n: p.grad for n, p in student.named_parameters() if p.grad is not None}
         yield output, gradients
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_a_copy_takes_its_steps_one_by_one_and_learns_the_same(uncompiled, case):
+    """Of steps taken together, every gradient is the same sum, times the same factor."""
+    network = CASES[case].network()
+    x = images(network)
+    together = quantized(network, QuantSpec(weight_bits=4, activation_bits=4), x).train()
+    found = []
+    for student in (together, copy.deepcopy(together)):
+        with fused_rounding(True):
+            output = student(x)
+        assert all(grid.given is None for grid in student.modules() if hasattr(grid, "given"))
+        (output * torch.linspace(-1, 1, output.numel()).view_as(output)).sum().backward()
+        found.append({n: p.grad for n, p in student.named_parameters() if p.grad is not None})
+    assert found[0].keys() >= found[1].keys()
+    for name, gradient in found[0].items():
+        expected = found[1].get(name, torch.zeros_like(gradient))
+        torch.testing.assert_close(gradient, expected, rtol=1e-5, atol=1e-12)
+
+
+def test_an_error_in_between_leaves_no_step_behind(uncompiled):
+    network = CASES["residual"].network()
+    student = quantized(network, QuantSpec(), images(network)).train()
+    with fused_rounding(True), pytest.raises(RuntimeError):
+        student(torch.zeros(1, 2, 12, 12))
+    assert all(grid.given is None for grid in student.modules() if hasattr(grid, "given"))
 
 
 def test_bounds_have_one_type():
@@ -197,8 +225,8 @@ def test_the_compiler_keeps_the_meaning(kind):
     """On the processor, values bit for bit; with integers in bfloat16 as well."""
     network = CASES["residual"].network()
     x = images(network)
-    plain = quantized(network, QuantSpec(), x).train()
-    student = copy.deepcopy(plain)
+    student = quantized(network, QuantSpec(), x).train()
+    plain = copy.deepcopy(student)
     outputs = []
     for trained in (plain, student):
         half = kind == torch.bfloat16

@@ -227,7 +227,18 @@ def to_odd_fraction(ratio: Tensor) -> Tensor:
 
 def round_straight_through(x: Tensor) -> Tensor:
     """round(x), with the gradient of x."""
-    return (x.round() - x).detach() + x
+    result: Tensor = _RoundStraightThrough.apply(x)
+    return result
+
+
+class _RoundStraightThrough(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:  # noqa: ANN401
+        return x.round()
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> Any:  # noqa: ANN401
+        return gradient
 
 
 def quantize(

@@ -59,103 +59,172 @@ def require_compiler(device: torch.device) -> None:
         ) from error
 
 
-# The kernels. `low` and `high` bound the whole numbers, (); all else are values and factors. -----
+# The kernels. `low` and `high` bound the whole numbers, `own` is the grid's step, all (); then come
+# values and the steps of their integers. What is left of a gradient for `own` is summed last. -----
 
 
-def _sums(low: Tensor, high: Tensor, x: Tensor, factor: Tensor) -> Tensor:
-    return (x.float() * factor).round().clamp(low, high).to(x.dtype)
+def _sums(low: Tensor, high: Tensor, own: Tensor, x: Tensor, step: Tensor) -> Tensor:
+    return (x.float() * (step / own)).round().clamp(low, high).to(x.dtype)
 
 
 def _sums_back(
-    gradient: Tensor, low: Tensor, high: Tensor, x: Tensor, factor: Tensor
+    gradient: Tensor,
+    clip_only: bool,
+    low: Tensor,
+    high: Tensor,
+    own: Tensor,
+    x: Tensor,
+    step: Tensor,
 ) -> tuple[Tensor, ...]:
-    passed, *totals = _passed(gradient, x.float() * factor, low, high)
-    return (passed * factor).to(x.dtype), *totals
+    factor = step / own
+    passed, to_own = _passed(gradient, x.float() * factor, low, high, clip_only)
+    return (passed * factor).to(x.dtype), to_own.sum() / own
 
 
-def _sum(low: Tensor, high: Tensor, a: Tensor, b: Tensor, by_a: Tensor, by_b: Tensor) -> Tensor:
-    return (a.float() * by_a + b.float() * by_b).round().clamp(low, high).to(a.dtype)
+def _sum(
+    low: Tensor, high: Tensor, own: Tensor, a: Tensor, b: Tensor, step_a: Tensor, step_b: Tensor
+) -> Tensor:
+    exact = a.float() * (step_a / own) + b.float() * (step_b / own)
+    return exact.round().clamp(low, high).to(a.dtype)
 
 
 def _sum_back(
-    gradient: Tensor, low: Tensor, high: Tensor, a: Tensor, b: Tensor, by_a: Tensor, by_b: Tensor
+    gradient: Tensor,
+    clip_only: bool,
+    low: Tensor,
+    high: Tensor,
+    own: Tensor,
+    a: Tensor,
+    b: Tensor,
+    step_a: Tensor,
+    step_b: Tensor,
 ) -> tuple[Tensor, ...]:
-    passed, *totals = _passed(gradient, a.float() * by_a + b.float() * by_b, low, high)
+    by_a, by_b = step_a / own, step_b / own
+    exact = a.float() * by_a + b.float() * by_b
+    passed, to_own = _passed(gradient, exact, low, high, clip_only)
     to_a = (passed * by_a).sum_to_size(a.shape).to(a.dtype)
     to_b = (passed * by_b).sum_to_size(b.shape).to(b.dtype)
-    return to_a, to_b, *totals
+    return to_a, to_b, to_own.sum() / own
 
 
-def _product(low: Tensor, high: Tensor, a: Tensor, b: Tensor, factor: Tensor) -> Tensor:
-    return (a.float() * b.float() * factor).round().clamp(low, high).to(a.dtype)
+def _product(
+    low: Tensor, high: Tensor, own: Tensor, a: Tensor, b: Tensor, step_a: Tensor, step_b: Tensor
+) -> Tensor:
+    exact = a.float() * b.float() * ((step_a * step_b) / own)
+    return exact.round().clamp(low, high).to(a.dtype)
 
 
 def _product_back(
-    gradient: Tensor, low: Tensor, high: Tensor, a: Tensor, b: Tensor, factor: Tensor
+    gradient: Tensor,
+    clip_only: bool,
+    low: Tensor,
+    high: Tensor,
+    own: Tensor,
+    a: Tensor,
+    b: Tensor,
+    step_a: Tensor,
+    step_b: Tensor,
 ) -> tuple[Tensor, ...]:
-    passed, *totals = _passed(gradient, a.float() * b.float() * factor, low, high)
+    factor = (step_a * step_b) / own
+    passed, to_own = _passed(gradient, a.float() * b.float() * factor, low, high, clip_only)
     to_product = passed * factor
     to_a = (to_product * b.float()).sum_to_size(a.shape).to(a.dtype)
     to_b = (to_product * a.float()).sum_to_size(b.shape).to(b.dtype)
-    return to_a, to_b, *totals
+    return to_a, to_b, to_own.sum() / own
 
 
-def _grid(low: Tensor, high: Tensor, x: Tensor, gain: Tensor, own: Tensor) -> Tensor:
-    return (x.float() * gain / own).round().clamp(low, high).to(x.dtype)
+def _average(
+    low: Tensor, high: Tensor, own: Tensor, x: Tensor, step: Tensor, pixels: Tensor
+) -> Tensor:
+    return (x * (step / (own * pixels))).round().clamp(low, high)
+
+
+def _average_back(
+    gradient: Tensor,
+    clip_only: bool,
+    low: Tensor,
+    high: Tensor,
+    own: Tensor,
+    x: Tensor,
+    step: Tensor,
+    pixels: Tensor,
+) -> tuple[Tensor, ...]:
+    factor = step / (own * pixels)
+    passed, to_own = _passed(gradient, x * factor, low, high, clip_only)
+    return passed * factor, to_own.sum() / own
+
+
+def _grid(low: Tensor, high: Tensor, own: Tensor, x: Tensor, step: Tensor) -> Tensor:
+    return (x.float() * step / own).round().clamp(low, high).to(x.dtype)
 
 
 def _grid_back(
-    gradient: Tensor, low: Tensor, high: Tensor, x: Tensor, gain: Tensor, own: Tensor
+    gradient: Tensor,
+    clip_only: bool,
+    low: Tensor,
+    high: Tensor,
+    own: Tensor,
+    x: Tensor,
+    step: Tensor,
 ) -> tuple[Tensor, ...]:
-    passed, *totals = _passed(gradient, x.float() * gain / own, low, high)
-    return (passed / own * gain).to(x.dtype), *totals
+    passed, to_own = _passed(gradient, x.float() * step / own, low, high, clip_only)
+    return (passed / own * step).to(x.dtype), to_own.sum() / own
 
 
-def _reals(low: Tensor, high: Tensor, x: Tensor, own: Tensor, shift: Tensor) -> Tensor:
+def _reals(low: Tensor, high: Tensor, own: Tensor, x: Tensor, shift: Tensor) -> Tensor:
     return ((x.float() / own + shift).round() - shift).clamp(low, high).to(x.dtype)
 
 
 def _reals_back(
-    gradient: Tensor, low: Tensor, high: Tensor, x: Tensor, own: Tensor, shift: Tensor
+    gradient: Tensor,
+    clip_only: bool,
+    low: Tensor,
+    high: Tensor,
+    own: Tensor,
+    x: Tensor,
+    shift: Tensor,
 ) -> tuple[Tensor, ...]:
-    passed, *totals = _passed(gradient, x.float() / own, low, high)
-    return (passed / own).to(x.dtype), *totals
+    passed, to_own = _passed(gradient, x.float() / own, low, high, clip_only)
+    return (passed / own).to(x.dtype), to_own.sum() / own
 
 
-def _weights(low: Tensor, high: Tensor, weight: Tensor, step: Tensor, kind: torch.dtype) -> Tensor:
-    return (weight / step).round().clamp(low, high).to(kind)
+def _weights(low: Tensor, high: Tensor, own: Tensor, weight: Tensor, kind: torch.dtype) -> Tensor:
+    return (weight / own).round().clamp(low, high).to(kind)
 
 
 def _weights_back(
-    gradient: Tensor, low: Tensor, high: Tensor, weight: Tensor, step: Tensor
+    gradient: Tensor, clip_only: bool, low: Tensor, high: Tensor, own: Tensor, weight: Tensor
 ) -> tuple[Tensor, ...]:
-    passed, within, beyond = _parts(gradient, weight / step, low, high)
-    return passed / step, within.flatten(1).sum(1), beyond.flatten(1).sum(1)
+    passed, to_own = _passed(gradient, weight / own, low, high, clip_only)
+    return passed / own, to_own.flatten(1).sum(1) / own.flatten()
 
 
-def _parts(
-    gradient: Tensor, exact: Tensor, low: Tensor, high: Tensor
-) -> tuple[Tensor, Tensor, Tensor]:
-    """The gradient where nothing is clipped; what each value there, and each clipped one, adds to
-    the derivative by the step, times the step.
-    """
-    inside = (exact >= low) & (exact <= high)
-    passed = torch.where(inside, gradient.float(), 0.0)
-    clipped = torch.where(inside, 0.0, gradient.float())
-    return passed, passed * (exact.round() - exact), clipped * exact.clamp(low, high)
+def _bias(
+    bias: Tensor, input_step: Tensor, weight_step: Tensor, kind: torch.dtype
+) -> tuple[Tensor, Tensor]:
+    step = input_step * weight_step
+    return (bias / step).round().to(kind), step
+
+
+def _bias_back(gradient: Tensor, step: Tensor) -> Tensor:
+    return gradient.float() / step
 
 
 def _passed(
-    gradient: Tensor, exact: Tensor, low: Tensor, high: Tensor
-) -> tuple[Tensor, Tensor, Tensor]:
-    passed, within, beyond = _parts(gradient, exact, low, high)
-    return passed, within.sum(), beyond.sum()
+    gradient: Tensor, exact: Tensor, low: Tensor, high: Tensor, clip_only: bool
+) -> tuple[Tensor, Tensor]:
+    """The gradient where nothing is clipped; what each value adds to that of the step, times it."""
+    inside = (exact >= low) & (exact <= high)
+    within = 0.0 if clip_only else exact.round() - exact
+    to_own = gradient.float() * torch.where(inside, within, exact.clamp(low, high))
+    return torch.where(inside, gradient.float(), 0.0), to_own
 
 
 _BACK: dict[Callable[..., Any], Callable[..., Any]] = {
     _sums: _sums_back,
     _sum: _sum_back,
     _product: _product_back,
+    _average: _average_back,
     _grid: _grid_back,
     _reals: _reals_back,
 }
@@ -175,43 +244,43 @@ class Grid(NamedTuple):
         self,
         kernel: Callable[..., Tensor],
         values: tuple[Tensor, ...],
-        factors: tuple[Tensor, ...],
+        steps: tuple[Tensor, ...],
     ) -> Tensor:
         """Whole numbers low .. high, with gradients to `values` and the step."""
         bounds = _bounds(self.low, self.high, values[0].device)
-        fixed = tuple(factor.detach() for factor in factors)
+        fixed = tuple(step.detach() for step in steps)
         result: Tensor = _Round.apply(kernel, self.clip_only, bounds, fixed, self.scale, *values)
         return result
 
 
 def round_sums(sums: Tensor, step: Tensor, grid: Grid) -> Tensor:
     """A layer's sums, of `step` (C, 1, 1) or (C,)."""
-    return grid.round(_sums, (sums,), (step / grid.scale,))
+    return grid.round(_sums, (sums,), (step,))
 
 
 def round_sum(a: Tensor, b: Tensor, step_a: Tensor, step_b: Tensor, grid: Grid) -> Tensor:
     """a * step_a + b * step_b; shapes broadcast."""
-    return grid.round(_sum, (a, b), (step_a / grid.scale, step_b / grid.scale))
+    return grid.round(_sum, (a, b), (step_a, step_b))
 
 
 def round_product(a: Tensor, b: Tensor, step_a: Tensor, step_b: Tensor, grid: Grid) -> Tensor:
     """a * step_a times b * step_b; shapes broadcast."""
-    return grid.round(_product, (a, b), ((step_a * step_b) / grid.scale,))
+    return grid.round(_product, (a, b), (step_a, step_b))
 
 
 def round_average(sums: Tensor, step: Tensor, pixels: int, grid: Grid) -> Tensor:
     """sums * step / pixels."""
-    return grid.round(_sums, (sums,), (step / (grid.scale * pixels),))
+    return grid.round(_average, (sums,), (step, _number(pixels, sums.device)))
 
 
 def round_grid(ints: Tensor, step: Tensor, grid: Grid) -> Tensor:
     """Whole numbers of another grid."""
-    return grid.round(_grid, (ints,), (step, grid.scale))
+    return grid.round(_grid, (ints,), (step,))
 
 
 def round_reals(x: Tensor, shift: float, grid: Grid) -> Tensor:
     """Real values, rounded after `shift` was added to what they are in steps."""
-    return grid.round(_reals, (x,), (grid.scale, _number(shift, x.device)))
+    return grid.round(_reals, (x,), (_number(shift, x.device),))
 
 
 class _Round(torch.autograd.Function):
@@ -223,22 +292,21 @@ class _Round(torch.autograd.Function):
         kernel: Callable[..., Tensor],
         clip_only: bool,
         bounds: tuple[Tensor, Tensor],
-        factors: tuple[Tensor, ...],
-        step: Tensor,
+        steps: tuple[Tensor, ...],
+        own: Tensor,
         *values: Tensor,
     ) -> Tensor:
         ctx.kernel, ctx.clip_only = kernel, clip_only
-        arguments = (*bounds, *values, *factors)
-        ctx.save_for_backward(*arguments, step)
+        arguments = (*bounds, own, *values, *steps)
+        ctx.save_for_backward(*arguments)
         rounded: Tensor = _run(kernel, *arguments)
         return rounded
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> Any:  # noqa: ANN401
-        *arguments, step = ctx.saved_tensors
-        *to_values, within, beyond = _run(_BACK[ctx.kernel], gradient, *arguments)
-        total = beyond if ctx.clip_only else within + beyond
-        return None, None, None, None, total / step, *to_values
+        back = _BACK[ctx.kernel]
+        *to_values, to_own = _run(back, gradient, ctx.clip_only, *ctx.saved_tensors)
+        return None, None, None, None, to_own, *to_values
 
 
 def round_weights(
@@ -253,10 +321,8 @@ def round_weights(
         high: the most positive one.
         clip_only: PAMS gradients instead of LSQ's.
     """
-    autocast = torch.is_autocast_enabled(weight.device.type)
-    kind = torch.get_autocast_dtype(weight.device.type) if autocast else weight.dtype
     bounds = _bounds(low, high, weight.device)
-    result: Tensor = _RoundWeights.apply(weight, step, bounds, clip_only, kind)
+    result: Tensor = _RoundWeights.apply(weight, step, bounds, clip_only, _computed_in(weight))
     return result
 
 
@@ -274,19 +340,53 @@ class _RoundWeights(torch.autograd.Function):
     ) -> Tensor:
         ctx.clip_only = clip_only
         per_channel = step.view(-1, *[1] * (weight.dim() - 1))
-        ctx.save_for_backward(*bounds, weight, per_channel, step)
-        rounded: Tensor = _run(_weights, *bounds, weight, per_channel, kind)
+        ctx.save_for_backward(*bounds, per_channel, weight)
+        rounded: Tensor = _run(_weights, *bounds, per_channel, weight, kind)
         return rounded
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> Any:  # noqa: ANN401
-        *arguments, step = ctx.saved_tensors
-        to_weight, within, beyond = _run(_weights_back, gradient, *arguments)
-        total = beyond if ctx.clip_only else within + beyond
-        return to_weight, total / step, None, None, None
+        to_weight, to_step = _run(_weights_back, gradient, ctx.clip_only, *ctx.saved_tensors)
+        return to_weight, to_step, None, None, None
 
 
-def _run(kernel: Callable[..., Any], *arguments: Tensor | torch.dtype) -> Any:  # noqa: ANN401
+def round_bias(bias: Tensor, input_step: Tensor, weight_step: Tensor) -> tuple[Tensor, Tensor]:
+    """`bias` (C,) in whole steps of a layer's sums, and those steps (C,), which are constant."""
+    kind = _computed_in(bias)
+    ints, step = _RoundBias.apply(bias, input_step.detach(), weight_step.detach(), kind)
+    return ints, step
+
+
+class _RoundBias(torch.autograd.Function):
+    """The step is read on, and passes nothing back."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,  # noqa: ANN401
+        bias: Tensor,
+        input_step: Tensor,
+        weight_step: Tensor,
+        kind: torch.dtype,
+    ) -> tuple[Tensor, Tensor]:
+        ints, step = _run(_bias, bias, input_step, weight_step, kind)
+        ctx.save_for_backward(step)
+        ctx.mark_non_differentiable(step)
+        ctx.set_materialize_grads(False)
+        return ints, step
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor, _: Tensor) -> Any:  # noqa: ANN401
+        return _run(_bias_back, gradient, *ctx.saved_tensors), None, None, None
+
+
+def _computed_in(parameter: Tensor) -> torch.dtype:
+    """The type that a layer with this parameter computes in."""
+    where = parameter.device.type
+    autocast = torch.is_autocast_enabled(where)
+    return torch.get_autocast_dtype(where) if autocast else parameter.dtype
+
+
+def _run(kernel: Callable[..., Any], *arguments: Tensor | torch.dtype | bool) -> Any:  # noqa: ANN401
     """Whether a tensor needs gradients would make the compiler see another kernel."""
     plain = (a.detach() if isinstance(a, Tensor) else a for a in arguments)
     return _compiled(kernel)(*plain)

@@ -26,6 +26,7 @@ from sparkir.quant.arithmetic import (
     to_power_of_two,
 )
 from sparkir.quant.forms import InterleavedConv2d, Phases, take_factor
+from sparkir.quant.fused import round_bias, rounds_fused
 from sparkir.quant.quantizer import (
     ActivationQuantizer,
     ConstantQuantizer,
@@ -107,6 +108,8 @@ class QuantLayer(nn.Module):
         """
         real, bias = self.real_weight(), self.real_bias()
         weight, weight_scale = self.weight_quantizer(real, self.weight_scale(input_scale))
+        if bias is not None and rounds_fused():
+            return weight, *round_bias(bias, input_scale, weight_scale)
         scale = input_scale * weight_scale
         if bias is None:
             return weight, None, scale

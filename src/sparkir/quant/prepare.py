@@ -21,6 +21,7 @@ from torch import Tensor, fx, nn
 
 from sparkir.errors import SparkirError, did_you_mean
 from sparkir.models.facts import ModelFacts, facts_of
+from sparkir.models.modes import device_of
 from sparkir.quant.fixed import fixed
 from sparkir.quant.graph import (
     Kind,
@@ -52,6 +53,7 @@ from sparkir.quant.quantizer import ActivationQuantizer
 from sparkir.quant.rewrite import rewrite
 from sparkir.quant.spec import CARRIER_BITS, QuantSpec
 from sparkir.quant.steps import restrict_steps
+from sparkir.quant.together import take_steps_together
 
 EXAMPLE_PX = 48
 _MORE_PX = 16
@@ -117,14 +119,12 @@ def prepare(network: nn.Module, spec: QuantSpec) -> fx.GraphModule:
         SparkirError: the forward cannot be traced, or returns several values; or `spec` leaves
             layers in float that there are not.
     """
-    facts = facts_of(network)
+    facts, device = facts_of(network), device_of(network)
+    network = copy.deepcopy(network).cpu()  # where grids and constants are made
     module = trace(copy.deepcopy(network), facts.taps)
     side = example_px(facts, at_least=EXAMPLE_PX)
     draw = torch.Generator().manual_seed(0)
     example = torch.rand(1, facts.channels, side, side, generator=draw) * facts.value_range
-    for parameter in network.parameters():
-        example = example.to(parameter.device)
-        break
     _require_same(network, module, example)
     more = example_px(facts, at_least=side + _MORE_PX) - side
     larger = F.pad(example, (0, more, 0, more))
@@ -134,7 +134,8 @@ def prepare(network: nn.Module, spec: QuantSpec) -> fx.GraphModule:
     prepared = _Rewriter(module, plan, image_step=facts.value_range / 255).run()
     setattr(prepared, "facts", facts)  # noqa: B010 - for mypy
     prepared.train(network.training)
-    return prepared
+    take_steps_together(prepared)
+    return prepared.to(device)
 
 
 @torch.no_grad()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from typing import Literal, cast
+from typing import Any, Literal, NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
@@ -27,8 +27,40 @@ Learned = Literal["lsq", "pams", "none"]
 
 
 def scale_gradient(x: Tensor, factor: float) -> Tensor:
-    """X itself, to the last bit, with its gradient multiplied by `factor` (LSQ, section 2.2)."""
-    return x.detach() + (x - x.detach()) * factor
+    """X itself, with its gradient multiplied by `factor` (LSQ, section 2.2)."""
+    result: Tensor = _ScaleGradient.apply(x, factor)
+    return result
+
+
+class _ScaleGradient(torch.autograd.Function):
+    """One operation where x.detach() + (x - x.detach()) * factor is six: grids are many."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, factor: float) -> Tensor:  # noqa: ANN401
+        ctx.factor = factor
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> Any:  # noqa: ANN401
+        return gradient * ctx.factor, None
+
+
+class Given(NamedTuple):
+    """A step that was taken together with those of other grids; see `together`."""
+
+    step: Tensor
+    """With its gradient."""
+    factors: list[float]
+    """What each grid's gradient will be multiplied by."""
+    place: int
+    """This grid's place there."""
+
+    def scale_gradient(self, step: Tensor, factor: float) -> Tensor:
+        """As the function; `step` is made of this one. Parts of a concatenation differ in size."""
+        if self.factors[self.place] in (1.0, factor):
+            self.factors[self.place] = factor
+            return step
+        return scale_gradient(step, factor / self.factors[self.place])
 
 
 class ActivationQuantizer(nn.Module):
@@ -85,6 +117,7 @@ class ActivationQuantizer(nn.Module):
         self._zero_level = 0
         self.register_load_state_dict_post_hook(_refresh_zero_level)
         self.observer = None
+        self.given: Given | None = None
 
     @property
     def levels(self) -> int:
@@ -105,7 +138,7 @@ class ActivationQuantizer(nn.Module):
         """(), the step, without LSQ's gradient scale."""
         if self.image_step is not None:  # exactly float32(1/255), not exp(log(1/255))
             return torch.full_like(self.log_scale, self.image_step)
-        scale = self.log_scale.exp()
+        scale = self.log_scale.exp() if self.given is None else self.given.step
         if self.power_of_two:
             return to_power_of_two(scale)
         if self.rounds_again is not None:
@@ -121,7 +154,8 @@ class ActivationQuantizer(nn.Module):
         scale = self.scale()
         if self.training and self.learned == "lsq":
             count = self.ranks * _numel(value)
-            scale = scale_gradient(scale, 1.0 / math.sqrt(count * (self.levels - 1)))
+            scaled = scale_gradient if self.given is None else self.given.scale_gradient
+            scale = scaled(scale, 1.0 / math.sqrt(count * (self.levels - 1)))
         if isinstance(value, Quantized) and self._shares_grid(value):
             return value
         return quantize(
@@ -185,6 +219,7 @@ class WeightQuantizer(nn.Module):
         super().__init__()
         self.bits, self.learned = bits, learned
         self.log_scale = nn.Parameter(torch.zeros(channels), requires_grad=learned != "none")
+        self.given: Given | None = None
 
     @property
     def low(self) -> int:
@@ -198,7 +233,7 @@ class WeightQuantizer(nn.Module):
 
     def scale(self) -> Tensor:
         """(C_out,), the steps, without what `steps` asks for."""
-        return self.log_scale.exp()
+        return self.log_scale.exp() if self.given is None else self.given.step
 
     def forward(self, weight: Tensor, scale: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """Integers of `weight` (C_out, ...) in float32, and their steps (C_out,).
@@ -209,7 +244,8 @@ class WeightQuantizer(nn.Module):
             scale = self.scale()
         if self.training and self.learned == "lsq":
             per_channel = weight[0].numel() * self.high
-            scale = scale_gradient(scale, 1.0 / math.sqrt(per_channel))
+            scaled = scale_gradient if self.given is None else self.given.scale_gradient
+            scale = scaled(scale, 1.0 / math.sqrt(per_channel))
         pams = self.learned == "pams"
         if rounds_fused():
             ints = round_weights(weight, scale, low=self.low, high=self.high, clip_only=pams)

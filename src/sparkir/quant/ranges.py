@@ -184,7 +184,7 @@ def fit_weight_scale(weight: Tensor, *, bits: int, method: Method) -> Tensor:
         return torch.maximum(rows.abs().quantile(PERCENTILE, dim=1) / high, widest * 0.1)
     if method == "minmax":
         return widest
-    shares = torch.linspace(0.3, 1.0, 71)
+    shares = torch.linspace(0.3, 1.0, 71, device=weight.device)
     steps = widest[:, None] * shares  # (C, candidates)
     ints = (rows[:, None] / steps[..., None]).round_().clamp_(low, high)
     error = (ints * steps[..., None] - rows[:, None]).square_().sum(-1)
