@@ -374,7 +374,7 @@ def as_markdown(result: dict[str, Any]) -> str:
     for row in result["contenders"]:
         name, share = row["name"], f"{row['data_share']:.2%}"
         memory, start = (result[key].get(name) for key in ("memory_mib", "start_s"))
-        cells = f"{1000 * row['step_s']:.0f} | {share} | {shown(memory, 0)} | {shown(start, 1)}"
+        cells = f"{1000 * row['step_s']:#.3g} | {share} | {shown(memory, 0)} | {shown(start, 1)}"
         lines.append(f"| {name} | {cells} |")
     return "\n".join(lines) + "\n"
 

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from helpers import call, write_recipe
+from helpers import call, one_order_of_sums, write_recipe
 from sparkir.assemble import gather
 from sparkir.quant.calibrate import activation_quantizers
 from sparkir.recipe import load
@@ -68,6 +68,7 @@ def test_the_grids_are_set_to_what_the_student_has_become(project):
     assert losses[60] < 0.7 * without[60]
 
 
+@one_order_of_sums
 @pytest.mark.parametrize("stop_after", [3, 6, 9])
 def test_resumes_bit_for_bit(project, stop_after):
     made = recipe(project / "fresh.toml")

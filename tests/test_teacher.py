@@ -10,7 +10,7 @@ from helpers import write_recipe
 from sparkir.assemble import gather
 from sparkir.data.outputs import loaded
 from sparkir.errors import SparkirError
-from sparkir.evaluate.infer import evaluating
+from sparkir.evaluate.infer import device_of, evaluating
 from sparkir.models.facts import restore
 from sparkir.recipe import load
 from sparkir.run import train_student
@@ -40,8 +40,9 @@ def test_outputs_are_the_teachers_on_whole_images(made):
     for index in range(2):
         lq, _ = materials.train.pair(index)
         batch = torch.from_numpy(lq.copy()).movedim(-1, 0)[None].float() / 255
+        batch = batch.to(device_of(materials.teacher))
         with torch.no_grad(), evaluating(materials.teacher):
-            expected = restore(materials.teacher, batch)[0].movedim(0, -1).numpy()
+            expected = restore(materials.teacher, batch)[0].movedim(0, -1).cpu().numpy()
         assert np.abs(loaded(store[index]) - expected).max() < 2e-5
 
 

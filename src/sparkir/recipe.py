@@ -178,6 +178,8 @@ class Train(_Section):
     """Channels innermost in memory; `auto` does so with bfloat16."""
     compile: bool = False
     """Fuse the quantizers' arithmetic with torch.compile."""
+    cuda_graphs: bool = True
+    """On a GPU, record the networks' passes and replay them; takes more of its memory."""
     teacher_cache: bool = False
     """Compute the teacher's outputs once, on whole images, and keep them."""
     teacher_cache_gb: Annotated[float, Field(gt=0)] = 20.0

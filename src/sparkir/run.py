@@ -233,6 +233,7 @@ def loop_settings(recipe: Recipe, device: torch.device) -> LoopSettings:
         float_steps=settings.float_steps,
         bfloat16=_bfloat16(recipe, device),
         compiled=settings.compile,
+        recorded=settings.cuda_graphs and device.type == "cuda",
         log_every=settings.log_every,
         evaluate_every=settings.evaluate_every,
         checkpoint_every=settings.checkpoint_every,

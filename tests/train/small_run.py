@@ -104,6 +104,7 @@ def small_run(
     name: str = "kd",
     batch: int = 2,
     devices: Devices | None = None,
+    device: str = "cpu",
     **settings: Any,
 ) -> Run:
     """Put a run together; `seed` is of the student and all that is drawn, not of the teacher."""
@@ -119,7 +120,8 @@ def small_run(
     if bits is not None:
         student = prepare(student, QuantSpec(weight_bits=bits, activation_bits=bits))
         calibrate(student, [crops])
-    weights = weighting(source, **(options or {}))
+    student, teacher, crops = student.to(device), teacher.to(device), crops.to(device)
+    weights = weighting(source, **(options or {})).to(device)
     setting = Setting(student=student, teacher=teacher, examples=[crops / 255], steps=steps)
     task = DistillationTask(
         student,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal
 
@@ -15,6 +16,9 @@ from sparkir.distill.method import Method, Seen, Term
 from sparkir.distill.output import MAPS, Norm, l1_map
 from sparkir.models.facts import as_seen, facts_of, restore
 from sparkir.spark.weighting import Constant, Weighting
+
+Restores = Callable[[Tensor], Tensor]
+"""Takes what a network sees, in [0, 1], and returns what it restores, float32."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -105,6 +109,23 @@ class DistillationTask(nn.Module):
         self.norm: Norm = norm
         self.strength, self.target = strength, target
         self._teacher = [] if teacher is None else [teacher.eval().requires_grad_(False)]
+        self._student_runs: Restores | None = None
+        self._teacher_runs: Restores | None = None
+
+    @property
+    def recorded(self) -> bool:
+        """Whether `record` was called."""
+        return self._student_runs is not None or self._teacher_runs is not None
+
+    def record(self, recorded: Callable[[nn.Module], Restores]) -> None:
+        """From here on, run student and teacher, as they are now, by what `recorded` makes of them.
+
+        Not where the method looks at features on the way.
+        """
+        if not self.method.student_taps:
+            self._student_runs = recorded(self.student)
+        if self.teacher is not None and not self.method.teacher_taps:
+            self._teacher_runs = recorded(self.teacher)
 
     @property
     def teacher(self) -> nn.Module | None:
@@ -124,7 +145,7 @@ class DistillationTask(nn.Module):
         counts by its luma as well.
         """
         facts = facts_of(self.student)
-        output, student_features = observe(self.student, self.method.student_taps, lq)
+        output, student_features = self._shown(lq)
         gt = as_seen(gt, facts)
         weights = None
         terms: tuple[Term, ...] = ()
@@ -159,7 +180,15 @@ class DistillationTask(nn.Module):
         assert self.teacher is not None
         if known is not None and not self.method.teacher_taps:
             return known, ()
+        if self._teacher_runs is not None:
+            return self._teacher_runs(as_seen(lq, facts_of(self.teacher))), ()
         return observe(self.teacher, self.method.teacher_taps, lq)
+
+    def _shown(self, lq: Tensor) -> tuple[Tensor, tuple[Tensor, ...]]:
+        """The student's output, and the features that the method looks at."""
+        if self.method.student_taps:
+            return observe(self.student, self.method.student_taps, lq)
+        return self.run_student(lq), ()
 
     def _output_term(self, seen: Seen) -> tuple[Term, ...]:
         if self.strength == 0:
@@ -170,4 +199,7 @@ class DistillationTask(nn.Module):
 
     def run_student(self, lq: Float[Tensor, "b c h w"]) -> Float[Tensor, "b k H W"]:
         """The student's output, [0, 1], float32 whatever the precision inside."""
-        return restore(self.student, as_seen(lq, facts_of(self.student))).float()
+        seen = as_seen(lq, facts_of(self.student))
+        if self._student_runs is not None:
+            return self._student_runs(seen)
+        return restore(self.student, seen).float()

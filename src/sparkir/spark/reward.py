@@ -75,18 +75,21 @@ def undone(optimizer: optim.Optimizer) -> Iterator[None]:
     weights on the same batch, with each image's W replaced by its mean.
     """
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
-    saved = [p.detach().clone() for p in parameters]
-    gradients = [None if p.grad is None else (p.grad, p.grad.clone()) for p in parameters]
-    state = {p: _copied(optimizer.state[p]) for p in parameters if p in optimizer.state}
+    saved = _copies([p.detach() for p in parameters])
+    gradients = [p.grad for p in parameters]
+    before = _copies([g for g in gradients if g is not None])
+    state = _copied_state({p: optimizer.state[p] for p in parameters if p in optimizer.state})
     settings = [{k: v for k, v in g.items() if k != "params"} for g in optimizer.param_groups]
     groups = [_copied(values) for values in settings]
     try:
         yield
     finally:
         with torch.no_grad():
-            for parameter, value, gradient in zip(parameters, saved, gradients, strict=True):
-                parameter.copy_(value)
-                parameter.grad = None if gradient is None else gradient[0].copy_(gradient[1])
+            torch._foreach_copy_(parameters, saved)
+            if before:
+                torch._foreach_copy_([g for g in gradients if g is not None], before)
+        for parameter, gradient in zip(parameters, gradients, strict=True):
+            parameter.grad = gradient
         for parameter in parameters:
             optimizer.state.pop(parameter, None)
             if parameter in state:
@@ -95,6 +98,23 @@ def undone(optimizer: optim.Optimizer) -> Iterator[None]:
             for key in group.keys() - values.keys() - {"params"}:
                 del group[key]
             group.update(values)
+
+
+def _copies(tensors: list[Tensor]) -> list[Tensor]:
+    """In a few operations, however many they are; a GPU waits for each."""
+    copies = [torch.empty_like(tensor) for tensor in tensors]
+    if tensors:
+        torch._foreach_copy_(copies, tensors)
+    return copies
+
+
+def _copied_state(state: dict[Tensor, dict[str, Any]]) -> dict[Tensor, dict[str, Any]]:
+    tensors = [v for values in state.values() for v in values.values() if isinstance(v, Tensor)]
+    copies = iter(_copies(tensors))
+    return {
+        p: {k: next(copies) if isinstance(v, Tensor) else copy.deepcopy(v) for k, v in own.items()}
+        for p, own in state.items()
+    }
 
 
 def _copied(state: dict[str, Any]) -> dict[str, Any]:

@@ -6,6 +6,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,7 @@ from sparkir.spark.credit import cell_credit
 from sparkir.spark.reward import reward, undone
 from sparkir.spark.weighting import Weighting
 from sparkir.train.distribute import Devices
+from sparkir.train.graphs import Recorded
 from sparkir.train.optimize import Schedule, rate_factor, set_rates
 from sparkir.train.state import TrainState
 
@@ -47,6 +49,8 @@ class LoopSettings:
     bfloat16: bool = False
     compiled: bool = False
     """Whether grids are rounded to in compiled passes (`quant.fused`)."""
+    recorded: bool = False
+    """Whether passes are recorded, and then replayed (`graphs`); on a GPU."""
     float_steps: int = 0
     """Steps before rounding begins."""
     log_every: int = 10
@@ -92,11 +96,14 @@ def train(
     devices = devices or Devices()
     step_losses = devices.wrap(task, trained)
     task.train()
+    if not task.recorded:
+        _record(task, settings, devices, report)
 
     while state.step < settings.steps:
         step, began = state.step, time.perf_counter()
         if 0 < step == settings.float_steps:
             begin_rounding()
+            _record(task, settings, devices, report)
         lq, gt, *teacher = (_to_unit_range(images, device) for images in state.sampler.next())
         loaded = time.perf_counter()
         set_rates(optimizer, _rate_factor(step, settings))
@@ -144,6 +151,19 @@ def train(
         if stopping:
             devices.wait()  # where one process is gone, torchrun ends the others, saved or not
             raise Interrupted
+
+
+def _record(
+    task: DistillationTask, settings: LoopSettings, devices: Devices, report: Report
+) -> None:
+    """Let the networks as they are now be recorded, if that is wanted."""
+
+    def refused(why: str) -> None:
+        message = f"a network cannot be recorded, which is slower on a GPU: {why}"
+        report({"kind": "warning", "message": message})
+
+    if settings.recorded and devices.ranks == 1:
+        task.record(partial(Recorded, refused=refused))
 
 
 def _to_unit_range(images: Tensor, device: torch.device) -> Tensor:

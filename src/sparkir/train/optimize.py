@@ -43,7 +43,8 @@ def build_optimizer(
         {"params": grids, "lr": grid_learning_rate, "weight_decay": 0.0},
     ]
     kind = optim.Adam if name == "adam" else optim.AdamW
-    optimizer = kind([group for group in groups if group["params"]])
+    on_gpu = any(parameter.is_cuda for parameter in network)  # where a step is then one operation
+    optimizer = kind([group for group in groups if group["params"]], fused=on_gpu or None)
     for group in optimizer.param_groups:
         group["initial_lr"] = group["lr"]
     return optimizer
@@ -78,11 +79,12 @@ def build_average(student: nn.Module, decay: float) -> AveragedModel | None:
     if decay == 0:
         return None
 
-    def moved(average: Tensor, current: Tensor, count: Tensor | int) -> Tensor:
+    @torch.no_grad()
+    def move(averages: Any, currents: Any, count: Tensor | int) -> None:  # noqa: ANN401
         reached = min(decay, (1 + int(count)) / (10 + int(count)))
-        return torch.lerp(average, current, 1 - reached)
+        torch._foreach_lerp_(averages, currents, 1 - reached)
 
-    average = AveragedModel(student, avg_fn=moved, use_buffers=False)
+    average = AveragedModel(student, multi_avg_fn=move, use_buffers=False)
     carry_facts(student, average.module)
     return average
 
