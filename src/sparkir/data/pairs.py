@@ -50,7 +50,9 @@ class PairStore:
         self.skipped = tuple(skipped)
         self.identity = identity
         self._gt = tuple(gt)
-        self._lq = lq
+        # Asked once: whether an object follows a protocol takes as long as cutting a crop.
+        self._degradation = lq if isinstance(lq, Degradation) else None
+        self._lq = [] if isinstance(lq, Degradation) else lq
 
     @classmethod
     def from_images(
@@ -163,14 +165,14 @@ class PairStore:
     def pair(self, index: int) -> Pair:
         """One whole pair (lq, gt), RGB, 0..255; the same pixels each time it is asked for."""
         gt = self._gt[index]
-        if isinstance(self._lq, Degradation):
-            return self._lq(gt, _rng_of(self.names[index])), gt
+        if self._degradation is not None:
+            return self._degradation(gt, _rng_of(self.names[index])), gt
         return self._lq[index], gt
 
     @property
     def random(self) -> bool:
         """Whether each crop is degraded anew."""
-        return isinstance(self._lq, Degradation)
+        return self._degradation is not None
 
     def lq_size(self, index: int) -> tuple[int, int]:
         """Height and width of one degraded image, in pixels."""
@@ -186,8 +188,8 @@ class PairStore:
         """
         rows, columns = (_span(start, side_px) for start in (top, left))
         gt = self._gt[index][tuple(_span(start, side_px, self.scale) for start in (top, left))]
-        if isinstance(self._lq, Degradation):
-            return self._lq(gt, rng), gt
+        if self._degradation is not None:
+            return self._degradation(gt, rng), gt
         return self._lq[index][rows, columns], gt
 
 
@@ -309,7 +311,9 @@ class PatchSampler:
     def _cut(self, crop: "_Crop") -> list[np.ndarray]:
         """One crop of everything, (h, w, 3) each."""
         side_px, scale = self._patch_px, self._pairs.scale
-        rng = np.random.Generator(np.random.Philox(crop.seed))
+        rng = self._rng  # not drawn from, unless each crop has a generator of its own
+        if self._pairs.random:
+            rng = np.random.Generator(np.random.Philox(crop.seed))
         top, left = crop.top, crop.left
         patches = list(self._pairs.crop(crop.image, top=top, left=left, side_px=side_px, rng=rng))
         if self._outputs is not None:
