@@ -23,7 +23,7 @@ from sparkir.quant.calibrate import calibrate
 from sparkir.quant.prepare import placement_of, prepare
 from sparkir.quant.reference import freeze
 from sparkir.quant.spec import QuantSpec
-from sparkir.quant.targets import TargetName
+from sparkir.quant.targets import TARGETS, TargetName
 
 
 def images(facts: ModelFacts, *shape: int) -> Tensor:
@@ -185,7 +185,7 @@ def deploy(
         target=target,
         activation_grid=grid,
         float_layers=float_layers,
-        reduce_range=saturates("openvino" if target == "openvino" else "onnxruntime"),
+        reduce_range=saturates(TARGETS[target].runtime),
     )
     student = prepare(network, spec)
     calibrate(student, [images(network.facts, 2, 32, 24)])

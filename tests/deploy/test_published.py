@@ -18,6 +18,7 @@ from sparkir.quant.calibrate import calibrate
 from sparkir.quant.prepare import placement_of, prepare
 from sparkir.quant.reference import freeze, stored_bytes
 from sparkir.quant.spec import QuantSpec
+from sparkir.quant.targets import TARGETS
 
 IMAGES = ("baby", "bird", "butterfly", "head", "woman")
 
@@ -94,7 +95,7 @@ def test_the_file_shows_the_integer_networks_pixels(frozen, set5):
 def test_no_order_of_operations_matters(rfdn, set5, development_data, target, bits):
     """OpenVINO and ONNX Runtime on real photographs: not one value differs."""
     crops = [crop(path) for path in small_images(development_data)[:8]]
-    runtime = "openvino" if target == "openvino" else "onnxruntime"
+    runtime = TARGETS[target].runtime
     spec = QuantSpec(
         weight_bits=bits,
         activation_bits=bits,

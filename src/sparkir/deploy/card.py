@@ -20,7 +20,12 @@ _TYPES: dict[str, tuple[type, ...]] = {
 }
 
 
-_WITHOUT_VNNI = 'in ONNX Runtime, needs the session option `session.x64quantprecision` = "1"'
+_ON_X86_WITHOUT_VNNI = {
+    "openvino": "shows another image: its weights do not keep to 7 bits (`quant.reduce_range`)",
+    "tensorrt": "",
+}
+_ONNX_RUNTIME_THERE = 'in ONNX Runtime, needs the session option `session.x64quantprecision` = "1"'
+_ANYWHERE = "as elsewhere: its weights keep to 7 bits"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -60,7 +65,7 @@ class Card:
             ("sizes", f"at least {facts.min_size_px} px, multiples of {facts.size_multiple}"),
             ("quantization", self.quantization),
             ("made for", self.target or "not stated"),
-            *[("x86 without VNNI", _WITHOUT_VNNI)] * (self.quantization != "float"),
+            *[("x86 without VNNI", words) for words in [self._without_vnni()] if words],
             ("measured", self.metrics or "not stated"),
             ("licence of the training images", self.licence or "not stated"),
         ]
@@ -74,6 +79,14 @@ class Card:
         if self.training:
             parts.append(f"## Training\n\n```toml\n{self.training.strip()}\n```\n")
         return "\n".join(parts)
+
+    def _without_vnni(self) -> str:
+        """What the file's own runtime shows where sums of two products saturate."""
+        if self.quantization == "float":
+            return ""
+        if self.target == "openvino" and "reduce_range = true" in self.training.splitlines():
+            return _ANYWHERE
+        return _ON_X86_WITHOUT_VNNI.get(self.target, _ONNX_RUNTIME_THERE)
 
 
 def read_card(metadata: Mapping[str, str], name: str) -> Card:
