@@ -1,4 +1,4 @@
-"""How fast the policy of `spark-paper` learns when rewards are rare.
+"""How fast the policy of `spark-paper` learns when rewards are rare, and what a higher rate mends.
 
     python benchmarks/reward_period.py                     # the table, minutes on one core
     python benchmarks/reward_period.py --json result.json
@@ -20,7 +20,12 @@ from torch import Tensor, nn, optim
 
 from sparkir import Spark
 
-PERIODS = (1, 4, 8, 12, 16)
+CHOICES = (
+    *((period, 1e-3) for period in (1, 4, 8, 12, 16)),
+    *((period, 2e-3) for period in (8, 12, 16)),
+    *((period, 3e-3) for period in (8, 12, 16)),
+)
+"""Steps between two rewards, and the policy's learning rate."""
 STEPS = (120, 240, 480, 960)
 SEEDS = 12
 BATCH, SIDE_PX = 8, 64
@@ -46,10 +51,11 @@ def preference(spark: Spark) -> float:
     return float((left - right).mean())
 
 
-def learned(period: int, seed: int) -> list[float]:
+def learned(period: int, rate: float, seed: int) -> list[float]:
     """The preference after each of STEPS."""
     torch.manual_seed(seed)
-    spark = Spark("spark-paper", strength=STRENGTH, seed=seed, reward_every=period)
+    options = {"reward_every": period, "learning_rate": rate}
+    spark = Spark("spark-paper", strength=STRENGTH, seed=seed, **options)
     found = []
     for step in range(1, STEPS[-1] + 1):
         student, teacher, truth = pictures(seed * STEPS[-1] + step)
@@ -64,22 +70,23 @@ def learned(period: int, seed: int) -> list[float]:
 
 
 def main() -> None:
-    """Every period with every seed."""
+    """Every choice with every seed."""
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--json", type=Path)
     file = parser.parse_args().json
     torch.set_num_threads(1)
     print(f"preference after {', '.join(map(str, STEPS))} steps: mean +- error of the mean")
     rows = []
-    for period in PERIODS:
-        seeds = [learned(period, seed) for seed in range(SEEDS)]
-        rows.append({"reward_every": period, "steps": STEPS, "preference_of_seeds": seeds})
+    for period, rate in CHOICES:
+        seeds = [learned(period, rate, seed) for seed in range(SEEDS)]
+        facts = {"reward_every": period, "learning_rate": rate}
+        rows.append(facts | {"steps": STEPS, "preference_of_seeds": seeds})
         columns = list(zip(*seeds, strict=True))
         errors = [statistics.stdev(column) / SEEDS**0.5 for column in columns]
         cells = [
             f"{statistics.mean(c):.2f} +- {e:.2f}" for c, e in zip(columns, errors, strict=True)
         ]
-        print(f"every {period:2}: {', '.join(cells)}", flush=True)
+        print(f"every {period:2}, rate {rate:g}: {', '.join(cells)}", flush=True)
     if file is not None:
         result = {"torch": torch.__version__, "seeds": SEEDS, "rows": rows}
         file.write_text(json.dumps(result, indent=1) + "\n", "utf-8")

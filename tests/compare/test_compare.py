@@ -10,6 +10,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import asdict
 from pathlib import Path
 
@@ -484,6 +485,30 @@ def test_a_stop_reaches_all_processes_after_their_step(short, monkeypatch):
         saved = torch.load(short / f"made/seed-0/{name}/last.pt", weights_only=True)
         assert saved["step"] == step
         assert read_events(short / f"made/seed-0/{name}/events.jsonl")[-1]["step"] == step
+
+
+def test_a_stop_while_images_are_scored_waits_for_one_image_at_most(short):
+    asked: list[int] = []
+    scoring: list[str] = []
+
+    def note(event: dict) -> None:
+        if event["kind"] == "scoring":
+            scoring.append(event["cell"])
+
+    def second_image() -> bool:
+        asked.append(len(scoring))
+        return asked.count(2) == 2  # of the second cell that is scored
+
+    def scored(stop_requested: Callable[[], bool]) -> int:
+        recipe = load("tiny.toml")
+        rows = choose("degraded,ptq,qat", recipe)
+        options = {"report": note, "stop_requested": stop_requested}
+        with suppress(Interrupted):
+            compare(recipe, short / "made", methods=rows, seeds=1, **options)
+        return sum((cell / "scores/test.json").exists() for cell in cells(short))
+
+    assert scored(second_image) == 1
+    assert scored(lambda: False) == 3
 
 
 # Failures and mistakes ------------------------------------------------------------------------

@@ -12,9 +12,11 @@ import os
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import nn
 
@@ -32,14 +34,15 @@ from sparkir.compare.controls import WeightRecord, record_of
 from sparkir.compare.methods import Method, recipe_of, requirements
 from sparkir.data.pairs import PairStore
 from sparkir.errors import SparkirError
-from sparkir.evaluate.benchmark import ImageScore, evaluate
+from sparkir.evaluate.benchmark import ImageScore, Restorer, evaluate
+from sparkir.evaluate.infer import restore_image
 from sparkir.evaluate.perceptual import find_lpips
 from sparkir.measure import Contender, baselines, trained_contenders
 from sparkir.recipe import Recipe, changed, differences, load
 from sparkir.report.events import EventLog, read_events
 from sparkir.run import Trained, train_student, versions, write_text
 from sparkir.spark.weighting import Constant
-from sparkir.train.loop import Diverged
+from sparkir.train.loop import Diverged, Interrupted
 
 try:
     import fcntl
@@ -193,7 +196,7 @@ def carry_out(
         materials: gives what the methods of this seed share.
         pairs: gives the images of a place.
         report: receives the events of the training.
-        stop_requested: asked after each step.
+        stop_requested: asked after each step, and before each image that is scored.
 
     Raises:
         Diverged: the training did; this is remembered, and the cell is done.
@@ -214,7 +217,7 @@ def carry_out(
             raise Diverged(result["failed"])
         for name in unscored(cell, sets):
             report({"kind": "scoring", "set": name})
-            score(cell, recipe, name, sets[name], materials(), pairs(sets[name]))
+            score(cell, recipe, name, sets[name], materials(), pairs(sets[name]), stop_requested)
 
 
 def _made(
@@ -279,11 +282,20 @@ def _data_order(checkpoint: Path) -> str:
 
 
 def score(
-    cell: Cell, recipe: Recipe, name: str, where: str, materials: Materials, pairs: PairStore
+    cell: Cell,
+    recipe: Recipe,
+    name: str,
+    where: str,
+    materials: Materials,
+    pairs: PairStore,
+    stop_requested: Callable[[], bool] = lambda: False,
 ) -> None:
     """Measure the cell on every image of a test set, and write it down.
 
     That a student computes as it was trained is checked on the recipe's own set alone.
+
+    Raises:
+        Interrupted: `stop_requested` said so; nothing of this set was written.
     """
     convention, lpips = convention_of(recipe), find_lpips()
     contenders = _contenders(cell, recipe, materials)
@@ -292,7 +304,12 @@ def score(
     scores = {
         contender.arithmetic or "none": [
             asdict(one)
-            for one in evaluate(contender.restorer, pairs, convention, lpips=lpips.metric)
+            for one in evaluate(
+                _stoppable(contender.restorer, stop_requested),
+                pairs,
+                convention,
+                lpips=lpips.metric,
+            )
         ]
         for contender in contenders
     }
@@ -306,6 +323,18 @@ def score(
         "scores": scores,
     }
     _write(cell.folder / "scores" / f"{name}.json", json.dumps(values, indent=1))
+
+
+def _stoppable(restorer: Restorer | nn.Module, stop_requested: Callable[[], bool]) -> Restorer:
+    """The same, but for the wish to stop: an image can take as long as many steps."""
+    run = partial(restore_image, restorer) if isinstance(restorer, nn.Module) else restorer
+
+    def restored(lq: np.ndarray) -> np.ndarray:
+        if stop_requested():
+            raise Interrupted
+        return run(lq)
+
+    return restored
 
 
 def _contenders(cell: Cell, recipe: Recipe, materials: Materials) -> list[Contender]:
