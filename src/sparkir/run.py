@@ -30,6 +30,7 @@ from sparkir.assemble import (
     task_of,
     weighting_of,
 )
+from sparkir.data.ahead import SampledAhead
 from sparkir.data.atomic import atomic_file
 from sparkir.data.codec import one_line
 from sparkir.data.images import write_png
@@ -183,20 +184,22 @@ def training_of(
         shown = bool(task.method.teacher_taps)
         with devices.in_turn():
             outputs = teacher_outputs(recipe, materials, report, features=shown)
+    sampler = PatchSampler(
+        materials.train,
+        patch_px=recipe.data.patch_px,
+        batch=recipe.data.batch,
+        seed=recipe.seed,
+        outputs=outputs,
+        rank=devices.rank,
+        ranks=devices.ranks,
+    )
+    on_gpu = device_of(student).type == "cuda"
     state = TrainState(
         student=student,
         weighting=source,
         method=task.method,
         optimizer=_optimizer(recipe, task),
-        sampler=PatchSampler(
-            materials.train,
-            patch_px=recipe.data.patch_px,
-            batch=recipe.data.batch,
-            seed=recipe.seed,
-            outputs=outputs,
-            rank=devices.rank,
-            ranks=devices.ranks,
-        ),
+        sampler=SampledAhead(sampler) if on_gpu else sampler,
         average=build_average(student, recipe.train.ema),
     )
     return task, state

@@ -3,6 +3,7 @@
 import hashlib
 import json
 from collections.abc import Mapping, Sequence
+from functools import cached_property
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -273,7 +274,7 @@ class PatchSampler:
     def state_dict(self) -> dict[str, Any]:
         """Where the sampler is, as ints, a list of ints, and strings."""
         return {
-            "images": self._images(),
+            "images": self._images,
             "epoch": self.epoch,
             "order": list(self._order),
             "position": self._position,
@@ -287,7 +288,7 @@ class PatchSampler:
         Raises:
             SparkirError: the state is of a sampler of other images.
         """
-        if state["images"] != self._images():
+        if state["images"] != self._images:
             raise SparkirError(
                 "the training images are not those of the saved run; restore them to resume, "
                 "or start a new run"
@@ -329,6 +330,7 @@ class PatchSampler:
         self._position += 1
         return self._order[self._position - 1]
 
+    @cached_property
     def _images(self) -> str:
         facts = [(name, *self._pairs.lq_size(i)) for i, name in enumerate(self._pairs.names)]
         return hashlib.sha256(json.dumps([self._pairs.scale, facts]).encode()).hexdigest()

@@ -12,6 +12,7 @@ import torch
 from torch import nn, optim
 from torch.optim.swa_utils import AveragedModel
 
+from sparkir.data.ahead import SampledAhead
 from sparkir.data.atomic import atomic_file
 from sparkir.data.pairs import PatchSampler
 from sparkir.errors import SparkirError
@@ -28,7 +29,7 @@ class TrainState:
     method: nn.Module
     """What the distillation method trains or remembers besides the student."""
     optimizer: optim.Optimizer
-    sampler: PatchSampler
+    sampler: PatchSampler | SampledAhead
     average: AveragedModel | None = None
     """The exponential moving average of the student, if one is kept."""
     step: int = 0
