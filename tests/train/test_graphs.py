@@ -1,5 +1,6 @@
 """Recorded passes; what they compute needs a GPU, what happens without one does not."""
 
+import copy
 from functools import partial
 
 import pytest
@@ -57,8 +58,36 @@ def test_what_cannot_be_recorded_runs_as_ever():
 
 def test_a_network_that_follows_its_batches_is_not_recorded():
     refused: list[str] = []
-    Recorded(Follows(), refused=refused.append)
+    network, lq = Follows().train(), batch("cpu")
+    recorded = Recorded(network, refused=refused.append)
+    assert torch.equal(recorded(lq), restore(copy.deepcopy(network), lq))
     assert refused == ["it follows statistics of its batches"]
+    assert not recorded.replays
+    assert network.norm.num_batches_tracked == 1  # not by the trial
+
+
+class Replaying:
+    """Stands for a recording: it must find the buffers that it was made with."""
+
+    replays = True
+
+    def __init__(self, network: nn.Module) -> None:
+        self.network = network
+        self.buffers = list(network.buffers())
+
+    def __call__(self, lq: torch.Tensor) -> torch.Tensor:
+        assert all(a is b for a, b in zip(self.network.buffers(), self.buffers, strict=True))
+        return restore(self.network, lq).float()
+
+
+@pytest.mark.parametrize("source", ["spark-paper", "spark"])
+def test_a_look_ahead_is_not_recorded_with_copies_of_the_buffers(tmp_path, source):
+    make = partial(small_run, source=source, bits=4, options={"reward_every": 2}, log_every=1)
+    plain = make(tmp_path / "plain").train()
+    run = make(tmp_path)
+    run.task.record(Replaying)
+    run.train()
+    assert [e["loss"] for e in run.of_kind("step")] == [e["loss"] for e in plain.of_kind("step")]
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="nothing is refused on a GPU")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, Protocol
 
 import torch
 from jaxtyping import Float
@@ -17,8 +17,15 @@ from sparkir.distill.output import MAPS, Norm, l1_map
 from sparkir.models.facts import as_seen, facts_of, restore
 from sparkir.spark.weighting import Constant, Weighting
 
-Restores = Callable[[Tensor], Tensor]
-"""Takes what a network sees, in [0, 1], and returns what it restores, float32."""
+
+class Restores(Protocol):
+    """Takes what a network sees, in [0, 1], and returns what it restores, float32."""
+
+    replays: bool
+    """Whether it repeats a recording: of the tensors that the network had when it was made."""
+
+    def __call__(self, lq: Tensor, /) -> Tensor:
+        """(b, c, h, w) -> (b, c, sh, sw)"""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -116,6 +123,11 @@ class DistillationTask(nn.Module):
     def recorded(self) -> bool:
         """Whether `record` was called."""
         return self._student_runs is not None or self._teacher_runs is not None
+
+    @property
+    def replays_student(self) -> bool:
+        """Whether `run_student` repeats a recording."""
+        return self._student_runs is not None and self._student_runs.replays
 
     def record(self, recorded: Callable[[nn.Module], Restores]) -> None:
         """From here on, run student and teacher, as they are now, by what `recorded` makes of them.

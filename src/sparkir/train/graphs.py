@@ -37,9 +37,9 @@ class Recorded:
         self._trained = [p for p in network.parameters() if p.requires_grad]
         self._steps: dict[torch.Size, _Step] = {}
         self._looks: dict[torch.Size, _Look] = {}
-        self._plain = False
-        if any(getattr(module, "track_running_stats", False) for module in network.modules()):
-            self._give_up("it follows statistics of its batches")
+        self.replays = True
+        """Not if the network cannot be recorded, which the first call finds out."""
+        self._checked = False
 
     def __call__(self, lq: Float[Tensor, "b c h w"]) -> Float[Tensor, "b c sh sw"]:
         """As `restore(network, lq)`, in float32.
@@ -47,7 +47,11 @@ class Recorded:
         With gradients enabled, the result has those of the network's parameters, not of `lq`, and
         only until the next such call: that writes over what the backward pass reads.
         """
-        if not self._plain:
+        if not self._checked:
+            self._checked = True
+            if _changes_buffers(self._network, lq):
+                self._give_up("it follows statistics of its batches")
+        if self.replays:
             try:
                 return self._replayed(lq)
             except RuntimeError as error:  # operations that wait for the GPU, too little memory
@@ -65,7 +69,7 @@ class Recorded:
         return self._looks[lq.shape].run(lq)
 
     def _give_up(self, why: str) -> None:
-        self._plain = True
+        self.replays = False
         self._steps.clear()
         self._looks.clear()
         self._refused(why)
@@ -163,6 +167,21 @@ def _restored(network: nn.Module, lq: Tensor) -> Tensor:
         cache_enabled=False,
     ):
         return restore(network, lq).float()
+
+
+@torch.no_grad()
+def _changes_buffers(network: nn.Module, lq: Tensor) -> bool:
+    """Whether a forward pass does, as with batch normalization; it is undone then."""
+    before = [buffer.clone() for buffer in network.buffers()]
+    _restored(network, lq)
+    changed = [
+        (buffer, value)
+        for buffer, value in zip(network.buffers(), before, strict=True)
+        if not torch.equal(buffer, value)
+    ]
+    for buffer, value in changed:
+        buffer.copy_(value)
+    return bool(changed)
 
 
 class _Restoring(nn.Module):

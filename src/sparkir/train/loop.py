@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -233,11 +233,9 @@ def _output_after(
 def _output(task: DistillationTask, lq: Tensor, settings: LoopSettings) -> Tensor:
     """The student's output, leaving its buffers (batch statistics) and the generators alone."""
     devices = [lq.device] if lq.device.type == "cuda" else []
-    with (
-        torch.random.fork_rng(devices),
-        _computing(settings, lq.device),
-        _buffers_aside(task.student),
-    ):
+    # A recording knows no other buffers than the student's own, and changes none.
+    aside = nullcontext() if task.replays_student else _buffers_aside(task.student)
+    with torch.random.fork_rng(devices), _computing(settings, lq.device), aside:
         return task.run_student(lq)
 
 
