@@ -63,7 +63,23 @@ class Given(NamedTuple):
         return scale_gradient(step, factor / self.factors[self.place])
 
 
-class ActivationQuantizer(nn.Module):
+class Stepped(nn.Module):
+    """A quantizer whose step is learned as a logarithm, alone or together with others."""
+
+    log_scale: nn.Parameter
+    given: Given | None = None
+    """The step, while a forward pass lasts that takes all of them together."""
+
+    def _step(self) -> Tensor:
+        return self.log_scale.exp() if self.given is None else self.given.step
+
+    def _scale_gradient(self, step: Tensor, factor: float) -> Tensor:
+        if self.given is None:
+            return scale_gradient(step, factor)
+        return self.given.scale_gradient(step, factor)
+
+
+class ActivationQuantizer(Stepped):
     """Puts a tensor on a grid of 2**bits stored bytes; the step is learned.
 
     The parameter is the logarithm of the step: optimizers then move it by a share of itself,
@@ -117,7 +133,6 @@ class ActivationQuantizer(nn.Module):
         self._zero_level = 0
         self.register_load_state_dict_post_hook(_refresh_zero_level)
         self.observer = None
-        self.given: Given | None = None
 
     @property
     def levels(self) -> int:
@@ -138,7 +153,7 @@ class ActivationQuantizer(nn.Module):
         """(), the step, without LSQ's gradient scale."""
         if self.image_step is not None:  # exactly float32(1/255), not exp(log(1/255))
             return torch.full_like(self.log_scale, self.image_step)
-        scale = self.log_scale.exp() if self.given is None else self.given.step
+        scale = self._step()
         if self.power_of_two:
             return to_power_of_two(scale)
         if self.rounds_again is not None:
@@ -154,8 +169,7 @@ class ActivationQuantizer(nn.Module):
         scale = self.scale()
         if self.training and self.learned == "lsq":
             count = self.ranks * _numel(value)
-            scaled = scale_gradient if self.given is None else self.given.scale_gradient
-            scale = scaled(scale, 1.0 / math.sqrt(count * (self.levels - 1)))
+            scale = self._scale_gradient(scale, 1.0 / math.sqrt(count * (self.levels - 1)))
         if isinstance(value, Quantized) and self._shares_grid(value):
             return value
         return quantize(
@@ -211,7 +225,7 @@ def _refresh_zero_level(module: nn.Module, _: object) -> None:
     module._zero_level = int(cast("ActivationQuantizer", module).zero_point)  # type: ignore[assignment]
 
 
-class WeightQuantizer(nn.Module):
+class WeightQuantizer(Stepped):
     """Per-output-channel symmetric grid -2**(bits-1) .. 2**(bits-1) - 1 with learned steps."""
 
     def __init__(self, channels: int, *, bits: int, learned: Learned = "lsq") -> None:
@@ -219,7 +233,6 @@ class WeightQuantizer(nn.Module):
         super().__init__()
         self.bits, self.learned = bits, learned
         self.log_scale = nn.Parameter(torch.zeros(channels), requires_grad=learned != "none")
-        self.given: Given | None = None
 
     @property
     def low(self) -> int:
@@ -233,7 +246,7 @@ class WeightQuantizer(nn.Module):
 
     def scale(self) -> Tensor:
         """(C_out,), the steps, without what `steps` asks for."""
-        return self.log_scale.exp() if self.given is None else self.given.step
+        return self._step()
 
     def forward(self, weight: Tensor, scale: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """Integers of `weight` (C_out, ...) in float32, and their steps (C_out,).
@@ -244,8 +257,7 @@ class WeightQuantizer(nn.Module):
             scale = self.scale()
         if self.training and self.learned == "lsq":
             per_channel = weight[0].numel() * self.high
-            scaled = scale_gradient if self.given is None else self.given.scale_gradient
-            scale = scaled(scale, 1.0 / math.sqrt(per_channel))
+            scale = self._scale_gradient(scale, 1.0 / math.sqrt(per_channel))
         pams = self.learned == "pams"
         if rounds_fused():
             ints = round_weights(weight, scale, low=self.low, high=self.high, clip_only=pams)

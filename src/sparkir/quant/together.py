@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from sparkir.quant.fused import rounds_fused
-from sparkir.quant.quantizer import ActivationQuantizer, Given, WeightQuantizer
+from sparkir.quant.quantizer import Given, Stepped
 
 
 def take_steps_together(prepared: nn.Module) -> None:
@@ -26,8 +26,6 @@ def take_steps_together(prepared: nn.Module) -> None:
 
 
 def _give(network: nn.Module, inputs: object) -> None:
-    if not (network.training and rounds_fused()):
-        return
     grids = _learned(network)
     if not grids:
         return
@@ -44,13 +42,12 @@ def _take_back(network: nn.Module, inputs: object, output: object) -> None:
         grid.given = None
 
 
-def _learned(network: nn.Module) -> list[ActivationQuantizer | WeightQuantizer]:
-    return [
-        module
-        for module in network.modules()
-        if isinstance(module, ActivationQuantizer | WeightQuantizer)
-        and module.log_scale.requires_grad
-    ]
+def _learned(network: nn.Module) -> list[Stepped]:
+    """The grids that this pass takes together; none unless it trains in compiled passes."""
+    if not (network.training and rounds_fused()):
+        return []
+    stepped = (module for module in network.modules() if isinstance(module, Stepped))
+    return [grid for grid in stepped if grid.log_scale.requires_grad]
 
 
 class _Steps(torch.autograd.Function):

@@ -78,9 +78,10 @@ def undone(optimizer: optim.Optimizer) -> Iterator[None]:
     saved = _copies([p.detach() for p in parameters])
     gradients = [p.grad for p in parameters]
     before = _copies([g for g in gradients if g is not None])
-    state = _copied_state({p: optimizer.state[p] for p in parameters if p in optimizer.state})
+    kept = [p for p in parameters if p in optimizer.state]
+    state = dict(zip(kept, _copied([optimizer.state[p] for p in kept]), strict=True))
     settings = [{k: v for k, v in g.items() if k != "params"} for g in optimizer.param_groups]
-    groups = [_copied(values) for values in settings]
+    groups = _copied(settings)
     try:
         yield
     finally:
@@ -108,14 +109,10 @@ def _copies(tensors: list[Tensor]) -> list[Tensor]:
     return copies
 
 
-def _copied_state(state: dict[Tensor, dict[str, Any]]) -> dict[Tensor, dict[str, Any]]:
-    tensors = [v for values in state.values() for v in values.values() if isinstance(v, Tensor)]
+def _copied(states: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    tensors = [v for values in states for v in values.values() if isinstance(v, Tensor)]
     copies = iter(_copies(tensors))
-    return {
-        p: {k: next(copies) if isinstance(v, Tensor) else copy.deepcopy(v) for k, v in own.items()}
-        for p, own in state.items()
-    }
-
-
-def _copied(state: dict[str, Any]) -> dict[str, Any]:
-    return {k: v.clone() if isinstance(v, Tensor) else copy.deepcopy(v) for k, v in state.items()}
+    return [
+        {k: next(copies) if isinstance(v, Tensor) else copy.deepcopy(v) for k, v in values.items()}
+        for values in states
+    ]
