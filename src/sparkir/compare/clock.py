@@ -13,7 +13,7 @@ class StepClock:
     """Stands in for the loop's `stop_requested`, which is asked once at the end of every step.
 
     Steps with an evaluation in them are left out. Means are kept, not medians: a method that does
-    more on every eighth step must not look as cheap as one that never does.
+    more on every twelfth step must not look as cheap as one that never does.
     """
 
     def __init__(self, stop_requested: Callable[[], bool]) -> None:

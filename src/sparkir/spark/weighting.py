@@ -135,8 +135,8 @@ class SparkPaper(Weighting):
         *,
         grid: int = 8,
         sigma: float = 0.2,
-        reward_every: int = 8,
-        learning_rate: float = 1e-3,
+        reward_every: int = 12,
+        learning_rate: float = 2e-3,
         entropy_bonus: float = 1e-2,
         alpha: float = 1.0,
         beta: float = 10.0,
@@ -146,7 +146,8 @@ class SparkPaper(Weighting):
         Args:
             grid: cells per side.
             sigma: the policy's first standard deviation.
-            reward_every: steps between two rewards, each of which costs about one more step.
+            reward_every: steps between two rewards, each of which costs about a step and a half.
+                What counts for learning is the number of rewards times `learning_rate`.
             learning_rate: of the policy's Adam.
             entropy_bonus: reward for staying random, per nat and cell.
             alpha: reward per dB of PSNR gained; unspecified in the paper.
