@@ -419,6 +419,14 @@ class TestCredit:
 
         self.step(spark, student, batch, look=look)
 
+    def test_the_strength_follows_the_teachers_lead(self, batch):
+        lq, teacher, gt = batch
+        student, spark = nn.Conv2d(3, 3, 3, padding=1), Spark("spark")
+        told = self.step(spark, student, batch, look=spark.learn)
+        lead = reward(teacher, student(lq).detach(), gt, alpha=1.0, beta=10.0)
+        assert told["lead"] == pytest.approx(lead.mean().item())
+        assert told["strength"] == spark.weighting.strength.value.item() > 0.3
+
     def test_from_a_closure(self, batch):
         spark, student = Spark("spark"), nn.Conv2d(3, 3, 3, padding=1)
         start = [p.clone() for p in spark.parameters()]

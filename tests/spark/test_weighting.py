@@ -42,7 +42,7 @@ class TestEverySource:
             assert not weights.requires_grad
             assert weights.min() >= 0
             if name == "spark":  # an allocation: what one place gains, another loses
-                assert weights.mean() == pytest.approx(1, abs=0.01)
+                assert weights.mean() == pytest.approx(source.strength.value.item(), rel=0.01)
             else:
                 assert weights.max() <= 1
 
@@ -80,6 +80,8 @@ class TestEverySource:
             Weighting().learn(torch.zeros(4))
         with pytest.raises(NotImplementedError):
             Weighting().learn_credit(torch.zeros(2, 1, 8, 8))
+        with pytest.raises(NotImplementedError):
+            Weighting().learn_strength(torch.zeros(4))
 
 
 def test_to_pixels_is_bilinear_between_the_centres_of_cells():
@@ -365,13 +367,13 @@ def assert_equal(a, b):
 @pytest.mark.usefixtures("on_the_grid")
 class TestSpark:
     def test_starts_uniform(self, images):
-        spark = Spark().train()
-        assert (spark(*images) == 1).all()
-        assert (spark.eval()(*images) == 1).all()
+        spark = Spark(strength=0.5).train()
+        assert (spark(*images) == 0.5).all()
+        assert (spark.eval()(*images) == 0.5).all()
 
     @pytest.mark.parametrize("sign", [1, -1])
     def test_follows_the_credit_that_only_the_features_show(self, sign):
-        spark = Spark().train()
+        spark = Spark(strength=1.0).train()
         for _ in range(200):
             quadrant = torch.randint(4, (16,))
             spark(*images_wrong_in(quadrant))
@@ -382,7 +384,7 @@ class TestSpark:
         torch.testing.assert_close(weights.mean((1, 2, 3)), torch.ones(16))
 
     def test_stays_uniform_where_credit_is_noise(self):
-        spark = Spark().train()
+        spark = Spark(strength=1.0).train()
         for _ in range(200):
             quadrant = torch.randint(4, (16,))
             spark(*images_wrong_in(quadrant))
@@ -391,11 +393,20 @@ class TestSpark:
         assert (weights - 1).abs().mean() < 0.15
 
     def test_no_credit_is_no_step_away(self, images):
-        spark = Spark().train()
+        spark = Spark(strength=1.0).train()
         spark(*images)
         log = spark.learn_credit(torch.zeros(2, 1, 8, 8))
         assert all(math.isfinite(value) for value in log.values())
         assert (spark.eval()(*images) == 1).all()
+
+    def test_the_strength_is_a_factor_of_every_weight(self, images):
+        spark = Spark(strength=1.0).train()
+        spark(*images)
+        spark.learn_credit(torch.randn(2, 1, 8, 8))
+        before = spark(*images)
+        told = spark.learn_strength(torch.ones(4))
+        assert told["strength"] > 1
+        torch.testing.assert_close(spark(*images), told["strength"] * before)
 
     def test_one_step_against_a_slow_reference(self, images):
         """The gradient of mean(W * c) - bonus * mean(W log W), W written out as softmax."""

@@ -16,7 +16,7 @@ from sparkir.spark.weighting import to_pixels
 _MAPS, _PX_PER_CELL, _ROUNDS = 128, 6, 200
 _TOLERANCE = 1e-3
 _DEVIATIONS = 6.0  # beyond which a W without a bound is cut off
-_FAR = 10.0  # W would be 0 or 1 almost everywhere, and no scatter could be larger
+_FAR = 100.0  # where W has a bound, it would be 0 or 1 almost everywhere
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -222,7 +222,11 @@ class Spark(nn.Module):
                 grid=source.grid,
                 reach=source.reach,
             )
-            return self._learn(source.learn_credit, credit)
+            lead = reward(
+                seen.teacher, seen.student, seen.target, alpha=source.alpha, beta=source.beta
+            )
+            told = self._learn(source.learn_credit, credit)
+            return told | self._learn(source.learn_strength, lead)
         outputs = steps_of_the_student(
             seen,
             self.distance,

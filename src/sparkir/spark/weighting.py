@@ -16,6 +16,7 @@ from torch import Tensor, nn, optim
 from sparkir.spark.batch import normal, of_all
 from sparkir.spark.difficulty import FEATURES, Standardize, difficulty_maps, to_cells
 from sparkir.spark.policy import Action, Policy
+from sparkir.spark.strength import Strength
 
 _BOUND = 1.5
 """Of the logarithm of a wish: no cell counts more than e**3 times as much as another."""
@@ -60,6 +61,10 @@ class Weighting(nn.Module):
 
     def learn_credit(self, credit: Float[Tensor, "half 1 g g"]) -> dict[str, float]:
         """Improve with the credit of the cells of the last map's second half."""
+        raise NotImplementedError
+
+    def learn_strength(self, lead: Float[Tensor, " b"]) -> dict[str, float]:
+        """Improve with the reward of the teacher over the student, where credit is wanted."""
         raise NotImplementedError
 
 
@@ -215,11 +220,14 @@ class SparkPaper(Weighting):
 
 
 class Spark(Weighting):
-    """Our own: an allocation of mean 1, learned from the credit of every cell (`credit`).
+    """Our own: how strongly, by the teacher's lead (`strength`); where, by each cell's `credit`.
 
     What differs from the paper, and why:
 
-    * W is an allocation, exp(a) / mean(exp(a)) for each image, and says nothing about strength.
+    * W is a strength times an allocation, exp(a) / mean(exp(a)) for each image, and each is learned
+      from what tells of it.
+    * The strength grows while the teacher restores better than the student, and goes to nearly
+      nothing when it does not.
     * Every cell has a credit of its own, known to first order, so the policy follows the exact
       gradient of what it stands to gain; nothing need be drawn. A bonus on the entropy of the
       allocation keeps it uniform where the credits are noise.
@@ -230,6 +238,8 @@ class Spark(Weighting):
     def __init__(
         self,
         *,
+        strength: float = 0.3,
+        strength_rate: float = 1.5,
         grid: int = 8,
         reward_every: int = 8,
         learning_rate: float = 1e-3,
@@ -241,6 +251,8 @@ class Spark(Weighting):
         """Make an untrained policy, whose allocation is uniform.
 
         Args:
+            strength: where the learned one starts.
+            strength_rate: largest move of its logarithm; at 0 it stays.
             grid: cells per side.
             reward_every: steps between two credits, each of which costs about one more step.
             learning_rate: of the policy's Adam.
@@ -253,6 +265,7 @@ class Spark(Weighting):
         self.grid, self.reward_every, self.entropy_bonus = grid, reward_every, entropy_bonus
         self.reach, self.alpha, self.beta = reach, alpha, beta
         signals = len(FEATURES) + 1
+        self.strength = Strength(strength, rate=strength_rate)
         self.standardize = Standardize(signals)
         self.policy = Policy(signals, start=0.0)
         self.policy.log_sigma.requires_grad_(False)  # nothing is drawn
@@ -260,14 +273,14 @@ class Spark(Weighting):
         self._features: Tensor | None = None
 
     def forward(self, student: Tensor, teacher: Tensor, target: Tensor) -> Tensor:
-        """The policy's allocation."""
+        """The strength times the policy's allocation."""
         maps = difficulty_maps(student, teacher, target, grid=self.grid)
         teacher_error = to_cells((teacher - target).abs().mean(1, keepdim=True), self.grid).mean(-1)
         features = self.standardize(torch.cat([maps, teacher_error], 1))
         if self.training:
             self._features = features
         with torch.no_grad():
-            weights = self._allocation(features).exp()
+            weights = self.strength.value * self._allocation(features).exp()
         return to_pixels(weights, (student.shape[-2], student.shape[-1]))
 
     def wants_credit_at(self, step: int) -> bool:
@@ -296,6 +309,10 @@ class Spark(Weighting):
             "divergence": float(divergence.detach()),
             "policy_loss": float(loss.detach()),
         }
+
+    def learn_strength(self, lead: Float[Tensor, " b"]) -> dict[str, float]:
+        """One move of the strength."""
+        return self.strength.learn(lead)
 
     def _allocation(self, features: Tensor) -> Float[Tensor, "b 1 g g"]:
         """log W, with mean(W) = 1 over each image's cells."""

@@ -113,7 +113,8 @@ def train(
         loss, gt = losses.total(), losses.gt  # as the student restores it
 
         if weighting.wants_credit_at(step) and losses.weights is not None:
-            _learn_credit(weighting, losses, task, lq, gt, trained, settings, step, report)
+            told = _learn_credit(weighting, losses, task, lq, trained, settings)
+            report({"kind": "policy", "step": step} | told)
         learning = weighting.learns_at(step) and losses.weights is not None
         if learning:  # the same step without spatial allocation, taken and undone
             other = averaged(
@@ -264,27 +265,25 @@ def _learn_credit(
     losses: StepLosses,
     task: DistillationTask,
     lq: Tensor,
-    gt: Tensor,
     trained: list[Tensor],
     settings: LoopSettings,
-    step: int,
-    report: Report,
-) -> None:
-    """Credit the cells of W, before the step is taken."""
+) -> dict[str, float]:
+    """Credit the cells of W, and the imitation as a whole, before the step is taken."""
     assert losses.teacher is not None
+    rates = {"alpha": weighting.alpha, "beta": weighting.beta}
     credit = cell_credit(
         lambda images: _output(task, images, settings),
         trained,
         lq,
         output=losses.output,
         teacher=losses.teacher,
-        target=gt,
-        alpha=weighting.alpha,
-        beta=weighting.beta,
+        target=losses.gt,
         grid=weighting.grid,
         reach=weighting.reach,
+        **rates,
     )
-    report({"kind": "policy", "step": step} | weighting.learn_credit(credit))
+    lead = reward(losses.teacher, losses.output.detach(), losses.gt, **rates)
+    return weighting.learn_credit(credit) | weighting.learn_strength(lead)
 
 
 def _gain(
