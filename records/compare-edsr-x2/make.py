@@ -14,8 +14,8 @@ from pathlib import Path
 HERE = Path(__file__).parent
 METHODS = (
     "degraded,teacher,float,ptq,qat,truth,kd,kd-mse@1,kd-mse@20,kd-mse@100,kd-matched,"
-    "fitnet,fakd,dckd,slkd,fixed:student_error,"
-    "constant:spark-paper,random:spark-paper,spark-paper,random:spark,spark"
+    "kd-matched@10,fitnet,fakd,dckd,slkd,fixed:student_error,confidence,"
+    "constant:spark-paper,random:spark-paper,spark-paper,constant:spark,random:spark,spark"
 )
 
 

@@ -65,7 +65,7 @@ def test_a_right_teacher_is_followed_and_a_wrong_one_left(is_right):
     optimizer = optim.Adam(student.parameters(), lr=0.02)
     for step in range(400):
         gt = torch.rand(4, 3, 16, 16)
-        teacher = gt + 0.01 * torch.randn_like(gt) if is_right else 0.7 * gt
+        teacher = gt if is_right else 0.7 * gt
         output = student(0.5 * gt)
         if step % 8 == 0:
             strength.learn(reward(teacher, output.detach(), gt, alpha=1.0, beta=10.0))
