@@ -1,4 +1,4 @@
-"""Makes this record again: every method on a W4A4 EDSR x2, three seeds.
+"""Makes this record again: every method on a W4A4 EDSR x2, two seeds.
 
     python records/compare-edsr-x2/make.py TRAIN SET14       # about an hour on two cores
 
@@ -38,7 +38,7 @@ def main() -> None:
         sparkir("distill", HERE / "float.toml", *data, "--out", start.parent, *resume)
     made = chosen.out / "methods"
     weights = ("--set", f"student.weights={start}")
-    wanted = ("--methods", METHODS, "--seeds", "3", "--jobs", "2")
+    wanted = ("--methods", METHODS, "--seeds", "2", "--jobs", "2")
     sparkir("compare", HERE / "recipe.toml", *data, *weights, *wanted, "--out", made)
     for file in made.glob("comparison.*"):
         text = file.read_text("utf-8")

@@ -1,6 +1,6 @@
-"""Makes this record again: a teacher that restores worse than its student, three seeds.
+"""Makes this record again: a teacher that restores worse than its student, two seeds.
 
-    python records/weak-teacher/make.py TRAIN SET14       # half an hour on two cores
+    python records/weak-teacher/make.py TRAIN SET14       # twenty minutes on two cores
 
 The student is that of records/compare-edsr-x2, from the same float network; its teacher is the same
 architecture, trained for a tenth of the time. TRAIN and SET14 are that record's folders.
@@ -45,7 +45,7 @@ def main() -> None:
     start = float_network(chosen.out / "float", *data)
     teacher = float_network(chosen.out / "weak", *data, *WEAK)
     weights = ("--set", f"student.weights={start}", "--set", f"teacher.weights={teacher}")
-    wanted = ("--methods", METHODS, "--seeds", "3", "--jobs", "2")
+    wanted = ("--methods", METHODS, "--seeds", "2", "--jobs", "2")
     made = chosen.out / "weak-methods"
     sparkir("compare", HERE / "recipe.toml", *data, *weights, *wanted, "--out", made)
     places = {chosen.train: "train", chosen.test: "Set14", start: start.name, teacher: "weak"}
