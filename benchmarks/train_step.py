@@ -85,11 +85,10 @@ class Contender:
 
 FAST = {"precision": "bfloat16", "channels_last": True}
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-FASTEST = {**FAST, "compile": True}
+HALF = fast_precision(DEVICE)
+FASTEST = {**FAST, "compile": True, "precision": "bfloat16" if HALF else "float32"}
 """What those that distil are trained with: QAT's fastest settings on this device."""
-if not fast_precision(DEVICE):
-    FASTEST["precision"] = "float32"
-CONTENDERS = (
+ALL = (
     Contender("float, float32", quantized=False),
     Contender("float, float32, channels_last", quantized=False, channels_last=True),
     Contender("float, bfloat16, channels_last", quantized=False, **FAST),
@@ -102,6 +101,8 @@ CONTENDERS = (
     Contender("SPARK", teacher="stored", weighting="spark", **FASTEST),
     Contender("SPARK (paper)", teacher="stored", weighting="spark-paper", **FASTEST),
 )
+CONTENDERS = tuple(contender for contender in ALL if HALF or contender.precision == "float32")
+"""Without bfloat16 where a processor only emulates it, many times slower."""
 BY_NAME = {contender.name: contender for contender in CONTENDERS}
 
 
@@ -306,6 +307,8 @@ def judged(found: dict[str, dict[str, Any]], memory_mib: dict[str, float]) -> li
     """Every ratio with what it must reach."""
     lines = []
     for ratio in RATIOS:
+        if not (ratio.above and ratio.below):  # of what is not measured here
+            continue
         above, below = fastest(found, ratio.above), fastest(found, ratio.below)
         lines.append(
             {
@@ -352,7 +355,7 @@ def machine() -> dict[str, Any]:
         "python": platform.python_version(),
         "threads": torch.get_num_threads(),
         "processor": sorted(
-            f for f in flags if f.startswith(("amx", "avx512_bf16", "avx512_vnni"))
+            f for f in flags if f.startswith(("amx", "avx2", "avx512_bf16", "avx512_vnni"))
         ),
     }
     if torch.cuda.is_available():
