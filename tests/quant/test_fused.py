@@ -1,6 +1,7 @@
 """Rounding in compiled passes against plain operations, and fake quantization in float64."""
 
 import copy
+from typing import Any
 
 import pytest
 import torch
@@ -130,9 +131,19 @@ class TestAgainstFakeQuantization:
         close(step.grad, slow_step.grad.flatten())
 
 
-@pytest.mark.parametrize("learned", ["lsq", "pams", "none"])
-@pytest.mark.parametrize("target", ["onnxruntime", "openvino"])
-@pytest.mark.parametrize("case", CASES)
+def ways() -> list[Any]:
+    """Every network for every target with one way to learn, in turn; the others are slow."""
+    found = []
+    for row, case in enumerate(CASES):
+        for column, target in enumerate(("onnxruntime", "openvino")):
+            for place, learned in enumerate(("lsq", "pams", "none")):
+                marks = () if (row + column + place) % 3 == 0 else (pytest.mark.slow,)
+                name = f"{case}-{target}-{learned}"
+                found.append(pytest.param(case, target, learned, marks=marks, id=name))
+    return found
+
+
+@pytest.mark.parametrize(("case", "target", "learned"), ways())
 def test_whole_networks_train_the_same(uncompiled, case, target, learned):
     """Forward bit for bit; gradients but for the order of sums that largely cancel out.
 
