@@ -55,7 +55,7 @@ class TestEverySource:
     def test_only_the_policy_learns(self, name):
         source = weighting(name)
         assert any(map(source.learns_at, range(20))) == (name == "spark-paper")
-        assert any(map(source.wants_credit_at, range(20))) == (name == "spark")
+        assert any(map(source.wants_lead_at, range(20))) == (name == "spark")
         assert bool(list(source.parameters())) == name.startswith("spark")
 
     def test_names(self):
@@ -79,9 +79,7 @@ class TestEverySource:
         with pytest.raises(NotImplementedError):
             Weighting().learn(torch.zeros(4))
         with pytest.raises(NotImplementedError):
-            Weighting().learn_credit(torch.zeros(2, 1, 8, 8))
-        with pytest.raises(NotImplementedError):
-            Weighting().learn_strength(torch.zeros(4))
+            Weighting().learn_lead(*images)
 
 
 def test_to_pixels_is_bilinear_between_the_centres_of_cells():
@@ -165,6 +163,12 @@ def images_wrong_in(quadrant):
     target = 0.4 + 0.2 * torch.rand(len(quadrant), 3, 16, 16)
     noise = 0.01 * torch.randn(2, *target.shape)
     return target + 0.1 * mask + noise[0], target + noise[1], target
+
+
+def with_teacher(sign, quadrant):
+    """As `images_wrong_in`; the teacher is right everywhere, or misled where the student is."""
+    student, teacher, target = images_wrong_in(quadrant)
+    return student, (teacher if sign > 0 else target + 3 * (student - target)), target
 
 
 def contrast(weights, quadrant):
@@ -372,66 +376,81 @@ class TestSpark:
         assert (spark.eval()(*images) == 0.5).all()
 
     @pytest.mark.parametrize("sign", [1, -1])
-    def test_follows_the_credit_that_only_the_features_show(self, sign):
-        spark = Spark(strength=1.0).train()
+    def test_follows_the_lead_that_only_the_features_show(self, sign):
+        """The teacher is right where the student is wrong, or far more wrong there than it."""
+        spark = Spark().train()
         for _ in range(200):
             quadrant = torch.randint(4, (16,))
-            spark(*images_wrong_in(quadrant))
-            spark.learn_credit(sign * (QUADRANTS[quadrant][8:] - 0.25))
+            spark(*with_teacher(sign, quadrant))
+            spark.learn_lead(*with_teacher(sign, quadrant))
         quadrant = torch.arange(16) % 4
-        weights = spark.eval()(*images_wrong_in(quadrant))
+        weights = spark.eval()(*with_teacher(sign, quadrant)) / spark.strength.value
         assert (sign * contrast(weights, quadrant)).min() > 0.5
         torch.testing.assert_close(weights.mean((1, 2, 3)), torch.ones(16))
 
-    def test_stays_uniform_where_credit_is_noise(self):
-        spark = Spark(strength=1.0).train()
+    def test_stays_uniform_where_lead_is_noise(self, monkeypatch):
+        noise = lambda *images: torch.randn(16, 1, 8, 8)  # noqa: E731
+        monkeypatch.setattr("sparkir.spark.weighting.lead_of_cells", noise)
+        spark = Spark().train()
         for _ in range(200):
-            quadrant = torch.randint(4, (16,))
-            spark(*images_wrong_in(quadrant))
-            spark.learn_credit(torch.randn(8, 1, 8, 8))
-        weights = spark.eval()(*images_wrong_in(torch.arange(16) % 4))
+            images = images_wrong_in(torch.randint(4, (16,)))
+            spark(*images)
+            spark.learn_lead(*images)
+        weights = spark.eval()(*images_wrong_in(torch.arange(16) % 4)) / spark.strength.value
         assert (weights - 1).abs().mean() < 0.15
 
-    def test_no_credit_is_no_step_away(self, images):
+    def test_a_teacher_that_is_its_student_is_no_step_away(self, images):
         spark = Spark(strength=1.0).train()
-        spark(*images)
-        log = spark.learn_credit(torch.zeros(2, 1, 8, 8))
+        same = images[0], images[0], images[2]
+        spark(*same)
+        log = spark.learn_lead(*same)
         assert all(math.isfinite(value) for value in log.values())
-        assert (spark.eval()(*images) == 1).all()
+        assert (spark.eval()(*same) == 1).all()
 
     def test_the_strength_is_a_factor_of_every_weight(self, images):
         spark = Spark(strength=1.0).train()
+        start = copy.deepcopy(spark)
         spark(*images)
-        spark.learn_credit(torch.randn(2, 1, 8, 8))
-        before = spark(*images)
-        told = spark.learn_strength(torch.ones(4))
+        told = spark.learn_lead(*images)
         assert told["strength"] > 1
-        torch.testing.assert_close(spark(*images), told["strength"] * before)
+        start.load_state_dict(spark.state_dict())
+        start.strength.value.fill_(1.0)
+        torch.testing.assert_close(spark(*images), told["strength"] * start(*images))
 
     def test_one_step_against_a_slow_reference(self, images):
-        """The gradient of mean(W * c) - bonus * mean(W log W), W written out as softmax."""
+        """The gradient of mean(W * lead) - bonus * mean(W log W), W written out as softmax."""
         spark = Spark(entropy_bonus=0.1).train()
         with torch.no_grad():
             for parameter in spark.policy.body.parameters():
                 parameter.add_(0.1 * torch.randn_like(parameter))
         expected = copy.deepcopy(spark.policy)
         spark(*images)
-        features, credit = spark._features[2:], torch.randn(2, 1, 8, 8) * 1e-5
-        log = spark.learn_credit(credit)
+        features = spark._features
+        log = spark.learn_lead(*images)
+        lead = torch.empty(4, 8, 8)
+        for (i, y, x), _ in np.ndenumerate(lead.numpy()):
+            student, teacher, gt = (t[i, :, 4 * y : 4 * y + 4, 4 * x : 4 * x + 4] for t in images)
+            lead[i, y, x] = ((student - gt) ** 2).mean() - ((teacher - gt) ** 2).mean()
         wish = 1.5 * torch.tanh(expected(features)[0] / 1.5)
         weights = torch.softmax(wish.flatten(1), 1) * 64
-        standard = credit.flatten(1) / credit.square().mean().sqrt()
+        standard = lead.flatten(1) / lead.square().mean().sqrt()
         loss = 0.1 * (weights * weights.log()).mean() - (weights * standard).mean()
         loss.backward()
         assert log["policy_loss"] == pytest.approx(loss.item(), abs=1e-5)
         for a, b in zip(spark.policy.body.parameters(), expected.body.parameters(), strict=True):
             torch.testing.assert_close(a.grad, b.grad, rtol=1e-3, atol=1e-6)
 
+    def test_a_batch_of_one_is_enough(self, images):
+        spark, one = Spark().train(), [image[:1] for image in images]
+        spark(*one)
+        assert all(math.isfinite(value) for value in spark.learn_lead(*one).values())
+
     def test_state_dict_round_trip_goes_on_identically(self, images):
         def advance(spark, steps):
             for _ in range(steps):
-                spark(*images)
-                spark.learn_credit(torch.randn(2, 1, 8, 8))
+                shown = [image + 0.01 * torch.randn_like(image) for image in images]
+                spark(*shown)
+                spark.learn_lead(*shown)
 
         original, restored = Spark().train(), Spark().train()
         advance(original, 5)

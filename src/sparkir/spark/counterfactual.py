@@ -1,9 +1,8 @@
 """With the policy's weights, and without: ways to find out what the allocation was worth.
 
-Two of them compare W with each image's mean of W, so that the reward speaks of where the weight
-lies and not of how much there is. `steps_of_the_student` takes real steps and undoes them;
-`steps_of_the_output` needs nothing but the images, and is biased. `credit_of_the_cells` is for a
-policy that learns from every cell's own credit.
+Both compare W with each image's mean of W, so that the reward speaks of where the weight lies and
+not of how much there is. `steps_of_the_student` takes real steps and undoes them;
+`steps_of_the_output` needs nothing but the images, and is biased.
 """
 
 from __future__ import annotations
@@ -16,7 +15,6 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn, optim
 
-from sparkir.spark.credit import cell_credit
 from sparkir.spark.reward import undone
 
 Distance = Callable[[Tensor, Tensor], Tensor]
@@ -92,50 +90,6 @@ def steps_of_the_student(
         step()
         with_weights = restored()
     return Outputs(with_weights, without)
-
-
-def credit_of_the_cells(
-    seen: Seen,
-    *,
-    optimizer: optim.Optimizer,
-    student: Callable[[], Tensor],
-    module: nn.Module | None,
-    alpha: float,
-    beta: float,
-    grid: int,
-    reach: float,
-) -> Float[Tensor, "half 1 g g"]:
-    """What `credit.cell_credit` finds, from a student that restores the batch once more.
-
-    Args:
-        seen: the images of the batch, two at least.
-        optimizer: whose parameters are moved for a look, and put back.
-        student: restores the whole batch, in [0, 1], with gradient.
-        module: whose buffers are to be put back.
-        alpha: reward per dB of PSNR.
-        beta: reward per unit of SSIM.
-        grid: cells per side.
-        reach: size of the move, relative to each tensor of weights.
-    """
-
-    def last_of(part: Tensor) -> Tensor:
-        torch.clear_autocast_cache()
-        return student().detach()[-len(part) :]
-
-    trained = [p for group in optimizer.param_groups for p in group["params"] if p.requires_grad]
-    with _aside(seen.student.device), torch.enable_grad(), _kept(module, optimizer):
-        return cell_credit(
-            last_of,
-            trained,
-            seen.target,
-            output=student(),
-            teacher=seen.teacher,
-            target=seen.target,
-            alpha=alpha,
-            beta=beta,
-            grid=grid,
-            reach=reach,
-        )
 
 
 def steps_of_the_output(seen: Seen, distance: Distance) -> Outputs:

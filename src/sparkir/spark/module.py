@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn, optim
-from torch.nn.parallel import DistributedDataParallel
 
 from sparkir.errors import SparkirError, did_you_mean
 from sparkir.spark import replicas
@@ -17,7 +17,6 @@ from sparkir.spark.counterfactual import (
     Distance,
     Outputs,
     Seen,
-    credit_of_the_cells,
     steps_of_the_output,
     steps_of_the_student,
     weighted,
@@ -165,7 +164,8 @@ class Spark(nn.Module):
 
         The first takes the step that is due and the same step without allocation, each time
         restores the last batch, and puts everything back. The second pretends that every pixel of
-        the output could move by itself; see `steps_of_the_output`.
+        the output could move by itself; see `steps_of_the_output`. The preset `spark` compares the
+        outputs it has seen, and needs nothing in either.
 
         Args:
             optimizer: the student's.
@@ -184,7 +184,7 @@ class Spark(nn.Module):
         Raises:
             SparkirError: called in the wrong place, or the training has diverged.
         """
-        due, credited = self._is_due(), self.weighting.wants_credit_at(self._steps)
+        due, by_lead = self._is_due(), self.weighting.wants_lead_at(self._steps)
         self._steps += 1
         seen, self._seen = self._seen, None
         if not due:
@@ -192,12 +192,10 @@ class Spark(nn.Module):
         if seen is None:
             raise SparkirError("spark.learn has nothing to learn from; call spark.weigh before it")
         source = self.weighting
+        if by_lead:
+            learn = partial(source.learn_lead, seen.student, seen.teacher, seen.target)
+            return self._learn(learn, seen.student, "student's output")
         if optimizer is None:
-            if credited:
-                raise SparkirError(
-                    "this preset learns from the student's weights; call "
-                    "spark.learn(optimizer, student, lq)"
-                )
             return self._improve(steps_of_the_output(seen, self.distance), seen)
         if student is None or self._factor is None:
             raise SparkirError(
@@ -207,26 +205,6 @@ class Spark(nn.Module):
         if not _finite(optimizer):
             return None
         module = student if isinstance(student, nn.Module) else None
-        if credited:
-            # DDP would wait for a backward pass that never comes.
-            bare = student.module if isinstance(student, DistributedDataParallel) else student
-            if len(seen.target) < 2:
-                raise SparkirError("this preset credits one image by another; use batches of two")
-            credit = credit_of_the_cells(
-                seen,
-                optimizer=optimizer,
-                student=lambda: self._unit(bare(*inputs)),
-                module=module,
-                alpha=source.alpha,
-                beta=source.beta,
-                grid=source.grid,
-                reach=source.reach,
-            )
-            lead = reward(
-                seen.teacher, seen.student, seen.target, alpha=source.alpha, beta=source.beta
-            )
-            told = self._learn(source.learn_credit, credit)
-            return told | self._learn(source.learn_strength, lead)
         outputs = steps_of_the_student(
             seen,
             self.distance,
@@ -242,23 +220,23 @@ class Spark(nn.Module):
     def _improve(self, outputs: Outputs, seen: Seen) -> dict[str, float]:
         source = self.weighting
         gain = reward(*outputs, seen.target, alpha=source.alpha, beta=source.beta)
-        return self._learn(source.learn, gain)
+        return self._learn(partial(source.learn, gain), gain, "reward")
 
     def _learn(
-        self, learn: Callable[[Tensor], dict[str, float]], found: Tensor
+        self, learn: Callable[[], dict[str, float]], found: Tensor, what: str
     ) -> dict[str, float]:
         if not bool(found.isfinite().all()):
             raise SparkirError(
-                f"the reward is {found.mean().item()}: the training has diverged; lower the "
+                f"the {what} is {found.mean().item()}: the training has diverged; lower the "
                 "learning rate or clip the gradients"
             )
         without_autocast = torch.autocast(found.device.type, enabled=False)
         with replicas.averaged(self.weighting), torch.enable_grad(), without_autocast:
-            return learn(found)
+            return learn()
 
     def _is_due(self) -> bool:
         source, step = self.weighting, self._steps
-        return self.training and (source.learns_at(step) or source.wants_credit_at(step))
+        return self.training and (source.learns_at(step) or source.wants_lead_at(step))
 
     def _remember_factor(self, gradient: Tensor) -> None:
         """What the loss was multiplied by on its way: accumulation, gradient scaling."""

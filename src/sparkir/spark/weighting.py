@@ -16,6 +16,7 @@ from torch import Tensor, nn, optim
 from sparkir.spark.batch import normal, of_all
 from sparkir.spark.difficulty import FEATURES, Standardize, difficulty_maps, to_cells
 from sparkir.spark.policy import Action, Policy
+from sparkir.spark.reward import reward
 from sparkir.spark.strength import Strength
 
 _BOUND = 1.5
@@ -35,8 +36,6 @@ class Weighting(nn.Module):
 
     alpha, beta = 1.0, 10.0
     """What a learning source's reward is made of: per dB of PSNR, and per unit of SSIM."""
-    grid, reach = 8, 0.01
-    """Where and how far a source that wants credit looks ahead; see `credit.cell_credit`."""
 
     def forward(
         self,
@@ -55,16 +54,17 @@ class Weighting(nn.Module):
         """Improve with the reward of the last map; returns what to log."""
         raise NotImplementedError
 
-    def wants_credit_at(self, step: int) -> bool:
-        """Whether `learn_credit` wants the credit of the map made at `step`; see `credit`."""
+    def wants_lead_at(self, step: int) -> bool:
+        """Whether `learn_lead` wants the images that the map of `step` was made of."""
         return False
 
-    def learn_credit(self, credit: Float[Tensor, "half 1 g g"]) -> dict[str, float]:
-        """Improve with the credit of the cells of the last map's second half."""
-        raise NotImplementedError
-
-    def learn_strength(self, lead: Float[Tensor, " b"]) -> dict[str, float]:
-        """Improve with the reward of the teacher over the student, where credit is wanted."""
+    def learn_lead(
+        self,
+        student: Float[Tensor, "b c h w"],
+        teacher: Float[Tensor, "b c h w"],
+        target: Float[Tensor, "b c h w"],
+    ) -> dict[str, float]:
+        """Improve with how much nearer to the target the teacher is; returns what to log."""
         raise NotImplementedError
 
 
@@ -220,7 +220,7 @@ class SparkPaper(Weighting):
 
 
 class Spark(Weighting):
-    """Our own: how strongly, by the teacher's lead (`strength`); where, by each cell's `credit`.
+    """Our own: how strongly, and where, by how far the teacher leads its student (`lead`).
 
     What differs from the paper, and why:
 
@@ -228,10 +228,9 @@ class Spark(Weighting):
       from what tells of it.
     * The strength grows while the teacher restores better than the student, and goes to nearly
       nothing when it does not.
-    * Every cell has a credit of its own, known to first order, so the policy follows the exact
-      gradient of what it stands to gain; nothing need be drawn. A bonus on the entropy of the
-      allocation keeps it uniform where the credits are noise.
-    * The credit comes from other images of the batch.
+    * Every cell has a lead of its own, so the policy follows the exact gradient of what it stands
+      to gain; nothing need be drawn, and no step looked ahead. A bonus on the entropy of the
+      allocation keeps it uniform where the leads are noise.
     * The policy also sees the teacher's error: where not to imitate.
     """
 
@@ -244,7 +243,6 @@ class Spark(Weighting):
         reward_every: int = 8,
         learning_rate: float = 1e-3,
         entropy_bonus: float = 0.25,
-        reach: float = 0.01,
         alpha: float = 1.0,
         beta: float = 10.0,
     ) -> None:
@@ -254,16 +252,15 @@ class Spark(Weighting):
             strength: where the learned one starts.
             strength_rate: largest move of its logarithm; at 0 it stays.
             grid: cells per side.
-            reward_every: steps between two credits, each of which costs about one more step.
+            reward_every: steps between two looks at the lead, which cost next to nothing.
             learning_rate: of the policy's Adam.
-            entropy_bonus: how much credit, in deviations, an uneven allocation must earn.
-            reach: size of the look-ahead, relative to each tensor of weights.
-            alpha: reward per dB of PSNR gained.
-            beta: reward per unit of SSIM gained.
+            entropy_bonus: how much lead, in deviations, an uneven allocation must earn.
+            alpha: reward per dB of PSNR that the teacher leads by.
+            beta: reward per unit of SSIM.
         """
         super().__init__()
         self.grid, self.reward_every, self.entropy_bonus = grid, reward_every, entropy_bonus
-        self.reach, self.alpha, self.beta = reach, alpha, beta
+        self.alpha, self.beta = alpha, beta
         signals = len(FEATURES) + 1
         self.strength = Strength(strength, rate=strength_rate)
         self.standardize = Standardize(signals)
@@ -283,19 +280,26 @@ class Spark(Weighting):
             weights = self.strength.value * self._allocation(features).exp()
         return to_pixels(weights, (student.shape[-2], student.shape[-1]))
 
-    def wants_credit_at(self, step: int) -> bool:
+    def wants_lead_at(self, step: int) -> bool:
         """Every `reward_every`-th step."""
         return step % self.reward_every == 0
 
-    def learn_credit(self, credit: Float[Tensor, "half 1 g g"]) -> dict[str, float]:
-        """One step up the gradient of mean(W * credit) + entropy_bonus * entropy(W).
+    def learn_lead(self, student: Tensor, teacher: Tensor, target: Tensor) -> dict[str, float]:
+        """One move of the strength, and one step of the policy.
 
-        The same in every process that shares the batch, with the credit of all of it.
+        The step goes up the gradient of mean(W * lead) + entropy_bonus * entropy(W). Both are the
+        same in every process that shares the batch, with the leads of all of it.
         """
-        assert self._features is not None, "learn_credit follows a forward in training"
-        deviation = credit.square().mean().sqrt()
-        standard = credit / deviation.clamp_min(torch.finfo(credit.dtype).tiny)
-        logarithm = self._allocation(of_all(self._features)[-len(credit) :])
+        assert self._features is not None, "learn_lead follows a forward in training"
+        lead = reward(teacher, student, target, alpha=self.alpha, beta=self.beta)
+        told = self.strength.learn(lead)
+        return told | self._learn_where(of_all(lead_of_cells(student, teacher, target, self.grid)))
+
+    def _learn_where(self, lead: Float[Tensor, "b 1 g g"]) -> dict[str, float]:
+        assert self._features is not None
+        deviation = lead.square().mean().sqrt()
+        standard = lead / deviation.clamp_min(torch.finfo(lead.dtype).tiny)
+        logarithm = self._allocation(of_all(self._features))
         weights = logarithm.exp()
         gain, divergence = (weights * standard).mean(), (weights * logarithm).mean()
         loss = self.entropy_bonus * divergence - gain
@@ -303,16 +307,10 @@ class Spark(Weighting):
         loss.backward()
         self.optimizer.step()
         return {
-            "credit": float(credit.mean()),
-            "credit_deviation": float(deviation),
             "gain": float(gain.detach() - standard.mean()),
             "divergence": float(divergence.detach()),
             "policy_loss": float(loss.detach()),
         }
-
-    def learn_strength(self, lead: Float[Tensor, " b"]) -> dict[str, float]:
-        """One move of the strength."""
-        return self.strength.learn(lead)
 
     def _allocation(self, features: Tensor) -> Float[Tensor, "b 1 g g"]:
         """log W, with mean(W) = 1 over each image's cells."""
@@ -326,6 +324,17 @@ class Spark(Weighting):
     def set_extra_state(self, state: dict[str, object]) -> None:
         """Restore the policy's optimizer."""
         self.optimizer.load_state_dict(state["optimizer"])  # type: ignore[arg-type]
+
+
+def lead_of_cells(
+    student: Float[Tensor, "b c h w"],
+    teacher: Float[Tensor, "b c h w"],
+    target: Float[Tensor, "b c h w"],
+    grid: int,
+) -> Float[Tensor, "b 1 g g"]:
+    """How much smaller the teacher's squared error is than the student's, cell by cell."""
+    fall = (student - target).square() - (teacher - target).square()
+    return to_cells(fall.mean(1, keepdim=True), grid).mean(-1)
 
 
 _SOURCES: dict[str, Callable[..., Weighting]] = {

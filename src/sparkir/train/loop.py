@@ -17,7 +17,6 @@ from sparkir.distill.task import DistillationTask, StepLosses
 from sparkir.errors import SparkirError
 from sparkir.quant.fused import fused_rounding
 from sparkir.spark.batch import averaged, of_all
-from sparkir.spark.credit import cell_credit
 from sparkir.spark.reward import reward, undone
 from sparkir.spark.weighting import Weighting
 from sparkir.train.distribute import Devices
@@ -112,8 +111,8 @@ def train(
             losses = step_losses(lq, gt, *teacher)
         loss, gt = losses.total(), losses.gt  # as the student restores it
 
-        if weighting.wants_credit_at(step) and losses.weights is not None:
-            told = _learn_credit(weighting, losses, task, lq, trained, settings)
+        if weighting.wants_lead_at(step) and losses.teacher is not None:
+            told = weighting.learn_lead(losses.output.detach(), losses.teacher, gt)
             report({"kind": "policy", "step": step} | told)
         learning = weighting.learns_at(step) and losses.weights is not None
         if learning:  # the same step without spatial allocation, taken and undone
@@ -258,32 +257,6 @@ def _buffers_aside(student: nn.Module) -> Iterator[None]:
     finally:
         for module, name, buffer in own:
             setattr(module, name, buffer)
-
-
-def _learn_credit(
-    weighting: Weighting,
-    losses: StepLosses,
-    task: DistillationTask,
-    lq: Tensor,
-    trained: list[Tensor],
-    settings: LoopSettings,
-) -> dict[str, float]:
-    """Credit the cells of W, and the imitation as a whole, before the step is taken."""
-    assert losses.teacher is not None
-    rates = {"alpha": weighting.alpha, "beta": weighting.beta}
-    credit = cell_credit(
-        lambda images: _output(task, images, settings),
-        trained,
-        lq,
-        output=losses.output,
-        teacher=losses.teacher,
-        target=losses.gt,
-        grid=weighting.grid,
-        reach=weighting.reach,
-        **rates,
-    )
-    lead = reward(losses.teacher, losses.output.detach(), losses.gt, **rates)
-    return weighting.learn_credit(credit) | weighting.learn_strength(lead)
 
 
 def _gain(
