@@ -2,7 +2,7 @@ import numpy as np
 import pytest
 import torch
 
-from sparkir.spark.difficulty import FEATURES, Standardize, difficulty_maps
+from sparkir.spark.difficulty import FEATURES, Standardize, difficulty_maps, rightness
 
 LAPLACIAN, PIXELS, STUDENT, TEACHER = range(4)
 
@@ -189,3 +189,28 @@ class TestStandardize:
         for _ in range(3):  # the next batch is no first batch
             maps = torch.rand(2, 4, 8, 8) * 2
             assert torch.equal(copy(maps), standardize(maps))
+
+
+class TestRightness:
+    @pytest.mark.parametrize(
+        ("truth", "expected"),
+        [(-0.2, 0.0), (0.0, 0.0), (0.3, 0.3), (0.5, 0.5), (1.0, 1.0), (1.7, 1.0)],
+    )
+    def test_is_how_far_on_the_way_the_truth_lies(self, truth, expected):
+        student, teacher = torch.rand(2, 2, 3, 16, 16)
+        found = rightness(student, teacher, student + truth * (teacher - student))
+        torch.testing.assert_close(found, torch.full((2, 1, 8, 8), expected), rtol=0, atol=1e-4)
+
+    def test_is_of_the_least_error(self):
+        student, teacher, target = torch.rand(3, 1, 1, 4, 4)
+        r = rightness(student, teacher, target, grid=1).item()
+        error = [
+            (student + s * (teacher - student) - target).square().sum().item()
+            for s in (r - 0.01, r, r + 0.01)
+        ]
+        assert 0 < r < 1
+        assert min(error) == error[1]
+
+    def test_where_both_agree(self):
+        student, target = torch.rand(2, 1, 3, 16, 16)
+        assert (rightness(student, student, target) == 0.5).all()

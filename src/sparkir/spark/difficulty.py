@@ -51,6 +51,29 @@ def difficulty_maps(
     )
 
 
+@torch.no_grad()
+def rightness(
+    student: Float[Tensor, "b c h w"],
+    teacher: Float[Tensor, "b c h w"],
+    target: Float[Tensor, "b c h w"],
+    *,
+    grid: int = 8,
+) -> Float[Tensor, "b 1 g g"]:
+    """How far on the way from the student to the teacher the truth lies, cell by cell.
+
+    The r in [0, 1] for which student + r (teacher - student) has the least squared error: 1 where
+    the teacher is right, 0 where imitating it leads away from the truth. What it says does not
+    depend on how hard a cell is. Where both agree there is no way, and r is 1/2.
+    """
+
+    def squared(a: Tensor, b: Tensor) -> Float[Tensor, "b 1 g g"]:
+        return to_cells((a - b).square().mean(1, keepdim=True), grid).mean(-1)
+
+    way = squared(teacher, student)
+    lead = squared(student, target) - squared(teacher, target)
+    return 0.5 + 0.5 * (lead / way.clamp_min(torch.finfo(way.dtype).tiny)).clamp(-1, 1)
+
+
 def _luma(image: Float[Tensor, "b c h w"]) -> Float[Tensor, "b 1 h w"]:
     """Full-range luma; a single channel is its own."""
     if image.shape[1] == 1:

@@ -14,7 +14,13 @@ from jaxtyping import Float
 from torch import Tensor, nn, optim
 
 from sparkir.spark.batch import normal, of_all
-from sparkir.spark.difficulty import FEATURES, Standardize, difficulty_maps, to_cells
+from sparkir.spark.difficulty import (
+    FEATURES,
+    Standardize,
+    difficulty_maps,
+    rightness,
+    to_cells,
+)
 from sparkir.spark.policy import Action, Policy
 from sparkir.spark.reward import reward
 from sparkir.spark.strength import Strength
@@ -220,7 +226,7 @@ class SparkPaper(Weighting):
 
 
 class Spark(Weighting):
-    """Our own: how strongly, and where, by how far the teacher leads its student (`lead`).
+    """Our own: as strongly as the teacher leads its student, most where it points at the truth.
 
     What differs from the paper, and why:
 
@@ -228,9 +234,9 @@ class Spark(Weighting):
       from what tells of it.
     * The strength grows while the teacher restores better than the student, and goes to nearly
       nothing when it does not.
-    * Every cell has a lead of its own, so the policy follows the exact gradient of what it stands
-      to gain; nothing need be drawn, and no step looked ahead. A bonus on the entropy of the
-      allocation keeps it uniform where the leads are noise.
+    * Every cell's teacher is right or wrong by itself (`difficulty.rightness`), so that the policy
+      follows the exact gradient of what it stands to gain; nothing need be drawn, and no step
+      looked ahead. A bonus on the entropy of the allocation keeps it near uniform.
     * The policy also sees the teacher's error: where not to imitate.
     """
 
@@ -242,7 +248,7 @@ class Spark(Weighting):
         grid: int = 8,
         reward_every: int = 8,
         learning_rate: float = 1e-3,
-        entropy_bonus: float = 0.25,
+        entropy_bonus: float = 1.0,
         alpha: float = 1.0,
         beta: float = 10.0,
     ) -> None:
@@ -252,9 +258,9 @@ class Spark(Weighting):
             strength: where the learned one starts.
             strength_rate: largest move of its logarithm; at 0 it stays.
             grid: cells per side.
-            reward_every: steps between two looks at the lead, which cost next to nothing.
+            reward_every: steps between two moves, which cost next to nothing.
             learning_rate: of the policy's Adam.
-            entropy_bonus: how much lead, in deviations, an uneven allocation must earn.
+            entropy_bonus: how much rightness, in deviations, an uneven allocation must earn.
             alpha: reward per dB of PSNR that the teacher leads by.
             beta: reward per unit of SSIM.
         """
@@ -287,18 +293,19 @@ class Spark(Weighting):
     def learn_lead(self, student: Tensor, teacher: Tensor, target: Tensor) -> dict[str, float]:
         """One move of the strength, and one step of the policy.
 
-        The step goes up the gradient of mean(W * lead) + entropy_bonus * entropy(W). Both are the
-        same in every process that shares the batch, with the leads of all of it.
+        The step goes up the gradient of mean(W * rightness) + entropy_bonus * entropy(W), with the
+        rightness of a cell beyond its image's, in deviations. Both are the same in every process
+        that shares the batch.
         """
         assert self._features is not None, "learn_lead follows a forward in training"
         lead = reward(teacher, student, target, alpha=self.alpha, beta=self.beta)
-        told = self.strength.learn(lead)
-        return told | self._learn_where(of_all(lead_of_cells(student, teacher, target, self.grid)))
+        right = rightness(student, teacher, target, grid=self.grid)
+        return self.strength.learn(lead) | self._learn_where(of_all(right))
 
-    def _learn_where(self, lead: Float[Tensor, "b 1 g g"]) -> dict[str, float]:
+    def _learn_where(self, right: Float[Tensor, "b 1 g g"]) -> dict[str, float]:
         assert self._features is not None
-        deviation = lead.square().mean().sqrt()
-        standard = lead / deviation.clamp_min(torch.finfo(lead.dtype).tiny)
+        beyond = right - right.mean(dim=(2, 3), keepdim=True)
+        standard = beyond / beyond.square().mean().sqrt().clamp_min(torch.finfo(right.dtype).tiny)
         logarithm = self._allocation(of_all(self._features))
         weights = logarithm.exp()
         gain, divergence = (weights * standard).mean(), (weights * logarithm).mean()
@@ -307,7 +314,7 @@ class Spark(Weighting):
         loss.backward()
         self.optimizer.step()
         return {
-            "gain": float(gain.detach() - standard.mean()),
+            "gain": float(gain.detach()),
             "divergence": float(divergence.detach()),
             "policy_loss": float(loss.detach()),
         }
@@ -324,17 +331,6 @@ class Spark(Weighting):
     def set_extra_state(self, state: dict[str, object]) -> None:
         """Restore the policy's optimizer."""
         self.optimizer.load_state_dict(state["optimizer"])  # type: ignore[arg-type]
-
-
-def lead_of_cells(
-    student: Float[Tensor, "b c h w"],
-    teacher: Float[Tensor, "b c h w"],
-    target: Float[Tensor, "b c h w"],
-    grid: int,
-) -> Float[Tensor, "b 1 g g"]:
-    """How much smaller the teacher's squared error is than the student's, cell by cell."""
-    fall = (student - target).square() - (teacher - target).square()
-    return to_cells(fall.mean(1, keepdim=True), grid).mean(-1)
 
 
 _SOURCES: dict[str, Callable[..., Weighting]] = {
