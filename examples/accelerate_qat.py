@@ -15,17 +15,17 @@ def main(*, seed, steps, folder):
     student = pipeline.student(seed, conv=QuantConv, quant=Grid)
     optimizer = torch.optim.Adam(student.parameters(), lr=5e-4)
     student, optimizer = accelerator.prepare(student, optimizer)
-    spark = Spark(distance="matched").to(accelerator.device)
+    spark = Spark().to(accelerator.device)
     for lq, gt in pipeline.batches(seed, 2 * steps):
         with accelerator.accumulate(student):
             output = student(lq)
             kd, _ = spark.weigh(output, pipeline.teacher(lq), gt)
             loss = l1_loss(output, gt) + kd
             accelerator.backward(loss)
-            if accelerator.sync_gradients:
-                spark.learn(optimizer, student, lq)
             optimizer.step()
             optimizer.zero_grad()
+            if accelerator.sync_gradients:
+                spark.learn()
     student = accelerator.unwrap_model(student).eval()
 
     file = folder / "student.onnx"

@@ -13,16 +13,15 @@ class Training(lightning.LightningModule):
     def __init__(self, student):
         super().__init__()
         self.student = student
-        self.spark = Spark(distance="matched")
+        self.spark = Spark()
 
     def training_step(self, batch, _):
         lq, gt = batch
         output = self.student(lq)
-        self.lq = lq
         return l1_loss(output, gt) + self.spark.weigh(output, pipeline.teacher(lq), gt)[0]
 
     def on_before_optimizer_step(self, optimizer):
-        self.spark.learn(optimizer, self.student, self.lq)
+        self.spark.learn()
 
     def configure_optimizers(self):
         return torch.optim.Adam(self.student.parameters(), lr=5e-4)

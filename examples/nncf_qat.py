@@ -15,15 +15,15 @@ def main(*, seed, steps, folder):
     student = nncf.quantize(pipeline.student(seed).eval(), calibration, subset_size=8)
     student.train()
     optimizer = torch.optim.Adam(student.parameters(), lr=5e-4)
-    spark = Spark(distance="matched")
+    spark = Spark()
     for lq, gt in pipeline.batches(seed, steps):
         output = student(lq)
         kd, _ = spark.weigh(output, pipeline.teacher(lq), gt)
         loss = l1_loss(output, gt) + kd
         optimizer.zero_grad()
         loss.backward()
-        spark.learn(optimizer, student, lq)
         optimizer.step()
+        spark.learn()
     trained = pipeline.psnr(student.eval())
 
     (example,) = pipeline.example_inputs()

@@ -12,15 +12,15 @@ def main(*, seed, steps, folder):
     """Train, export, and measure both."""
     student = pipeline.student(seed, conv=QuantConv, quant=Grid)
     optimizer = torch.optim.Adam(student.parameters(), lr=5e-4)
-    spark = Spark(distance="matched")
+    spark = Spark()
     for lq, gt in pipeline.batches(seed, steps):
         output = student(lq)
         kd, _ = spark.weigh(output, pipeline.teacher(lq), gt)
         loss = l1_loss(output, gt) + kd
         optimizer.zero_grad()
         loss.backward()
-        spark.learn(optimizer, student, lq)
         optimizer.step()
+        spark.learn()
     student.eval()
 
     file = folder / "student.onnx"

@@ -18,15 +18,15 @@ def main(*, seed, steps, folder):
     quantizer.set_global(x86.get_default_x86_inductor_quantization_config(is_qat=True))
     student = prepare_qat_pt2e(graph, quantizer)
     optimizer = torch.optim.Adam(student.parameters(), lr=5e-4)
-    spark = Spark(distance="matched")
+    spark = Spark()
     for lq, gt in pipeline.batches(seed, steps):
         output = student(lq)
         kd, _ = spark.weigh(output, pipeline.teacher(lq), gt)
         loss = l1_loss(output, gt) + kd
         optimizer.zero_grad()
         loss.backward()
-        spark.learn(optimizer, student, lq)
         optimizer.step()
+        spark.learn()
     student.apply(torch.ao.quantization.disable_observer)
     trained = pipeline.psnr(student)
 

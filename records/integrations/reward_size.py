@@ -22,7 +22,7 @@ STEPS, LEFT_OUT = 60, 20
 def main() -> None:
     """Train as `examples/plain_pytorch.py` does, with a reward of PSNR alone at every step."""
     torch.set_num_threads(1)
-    spark = Spark(distance="matched", reward_every=1, beta=0.0)
+    spark = Spark("spark-paper", reward_every=1, beta=0.0)
     student = pipeline.student(0, conv=QuantConv, quant=Grid)
     optimizer = torch.optim.Adam(student.parameters(), lr=5e-4)
     rewards, gaps = [], []

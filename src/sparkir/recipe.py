@@ -227,11 +227,6 @@ class Recipe(_Section):
             raise ValueError("distill needs a [teacher]; name one, or remove [distill]")
         if self.distill is None and self.weighting != WeightingChoice():
             raise ValueError("[weighting] weights a distillation; add [distill]")
-        if self.weighting.name == "spark" and self.data.batch < 2:
-            raise ValueError(
-                "the weighting spark learns from one half of a batch about the other; "
-                "set data.batch to 2 or more"
-            )
         if self.student.weights == "teacher" and self.teacher is None:
             raise ValueError('student.weights = "teacher" needs a [teacher]')
         self.data.require_consistent()

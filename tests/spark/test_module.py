@@ -45,8 +45,12 @@ class Recorder(SparkPaper):
         return super().learn(reward)
 
 
+def published(**options) -> Spark:
+    return Spark("spark-paper", **{"distance": "mse"} | options)
+
+
 def recording(**options) -> Spark:
-    spark = Spark(**options)
+    spark = published(**options)
     spark.weighting = Recorder(reward_every=1)
     return spark
 
@@ -96,13 +100,13 @@ class TestWeigh:
 
     def test_loss_is_the_weighted_mean(self, images):
         student, teacher, target = images
-        kd, weights = Spark().weigh(student, teacher, target)
+        kd, weights = published().weigh(student, teacher, target)
         torch.testing.assert_close(kd, (weights * (student - teacher).square()).mean())
         assert 0 <= weights.min() < weights.max() <= 1
 
     def test_gradient_flows_to_the_student_alone(self, images):
         student, teacher, target = (image.requires_grad_() for image in images)
-        kd, weights = Spark().weigh(student, teacher, target)
+        kd, weights = published().weigh(student, teacher, target)
         kd.backward()
         assert not weights.requires_grad
         assert teacher.grad is target.grad is None
@@ -110,14 +114,14 @@ class TestWeigh:
         torch.testing.assert_close(student.grad, expected.detach())
 
     def test_255(self, images):
-        plain = Spark().weigh(*images)
-        bytes_ = Spark(value_range=255.0).weigh(*(255 * image for image in images))
+        plain = published().weigh(*images)
+        bytes_ = published(value_range=255.0).weigh(*(255 * image for image in images))
         torch.testing.assert_close(bytes_, plain)
 
     def test_half_precision_is_computed_in_single(self, images):
         student, teacher, target = (image.bfloat16() for image in images)
         with torch.autocast("cpu", torch.bfloat16):
-            kd, weights = Spark().weigh(student, teacher, target)
+            kd, weights = published().weigh(student, teacher, target)
         assert kd.dtype == weights.dtype == torch.float32
         expected = (weights * (student.float() - teacher.float()).square()).mean()
         assert torch.equal(kd, expected)
@@ -126,12 +130,12 @@ class TestWeigh:
         def coarse(student, teacher):
             return nn.functional.avg_pool2d((student - teacher).abs(), 4)
 
-        kd, weights = Spark(distance=coarse).weigh(*images)
+        kd, weights = published(distance=coarse).weigh(*images)
         pooled = nn.functional.avg_pool2d(weights, 4)
         torch.testing.assert_close(kd, (pooled * coarse(*images[:2])).mean())
 
     def test_evaluation_shows_the_mean(self, images):
-        spark = Spark().eval()
+        spark = published().eval()
         weights = [spark.weigh(*images)[1] for _ in range(2)]
         assert torch.equal(*weights)
         assert (weights[0] == 0.5).all()
@@ -142,14 +146,14 @@ class TestRandomness:
         torch.manual_seed(3)
         expected = torch.rand(5)
         torch.manual_seed(3)
-        spark = Spark()
+        spark = published()
         torch.manual_seed(3)
         spark.weigh(*images)
         spark.learn()
         assert torch.equal(torch.rand(5), expected)
 
     def test_draws_differ_from_call_to_call_and_by_seed(self, images):
-        spark, other = Spark(), Spark(seed=1)
+        spark, other = published(), published(seed=1)
         maps = [s.weigh(*images)[1] for s in (spark, spark, other)]
         assert not torch.equal(maps[0], maps[1])
         assert not torch.equal(maps[0], maps[2])
@@ -387,16 +391,16 @@ class TestLead:
 
     def test_the_strength_follows_the_teachers_lead(self, batch):
         lq, teacher, gt = batch
-        student, spark = nn.Conv2d(3, 3, 3, padding=1), Spark("spark")
+        student, spark = nn.Conv2d(3, 3, 3, padding=1), Spark()
         told = self.step(spark, student, batch, look=spark.learn)
         lead = reward(teacher, student(lq).detach(), gt, alpha=1.0, beta=10.0)
         assert told["lead"] == pytest.approx(lead.mean().item())
         assert told["strength"] == spark.weighting.strength.value.item() > 0.3
 
     def test_with_and_without_the_student_alike(self, batch):
-        student, start, told = Student().eval(), Spark("spark").parameters(), []
+        student, start, told = Student().eval(), Spark().parameters(), []
         for arguments in (slice(None), slice(0)):
-            spark = Spark("spark")
+            spark = Spark()
             look = lambda *given: spark.learn(*given[arguments])  # noqa: B023, E731
             told.append(self.step(spark, student, batch, look=look))
         moved = [not torch.equal(a, b) for a, b in zip(start, spark.parameters(), strict=True)]
@@ -404,7 +408,7 @@ class TestLead:
         assert told[0] == told[1]
 
     def test_the_student_is_not_run(self, batch):
-        student, spark = Student(), Spark("spark")
+        student, spark = Student(), Spark()
 
         def look(optimizer, student, lq):
             calls = int(student.calls)
@@ -415,7 +419,7 @@ class TestLead:
 
     def test_a_student_that_diverged(self, batch):
         lq, teacher, gt = batch
-        spark = Spark("spark")
+        spark = Spark()
         spark.weigh(lq * float("nan"), teacher, gt)
         with pytest.raises(SparkirError, match="student's output is nan: the training has div"):
             spark.learn()
@@ -430,9 +434,9 @@ class TestState:
             train(student, optimizer, spark, batch, steps=steps, learn=learn)
 
         student = nn.Conv2d(3, 3, 3, padding=1)
-        optimizer, spark = optim.SGD(student.parameters(), lr=0.1), Spark(reward_every=3)
+        optimizer, spark = optim.SGD(student.parameters(), lr=0.1), published(reward_every=3)
         run(student, optimizer, spark, 4)
-        resumed = Spark(reward_every=3)
+        resumed = published(reward_every=3)
         resumed.load_state_dict(copy.deepcopy(spark.state_dict()))
         others = copy.deepcopy((student, optimizer))
         run(student, optimizer, spark, 4)
@@ -443,11 +447,11 @@ class TestState:
             assert torch.equal(a, b)
 
     def test_saved_as_plain_tensors(self, tmp_path, images):
-        spark = Spark()
+        spark = published()
         spark.weigh(*images)
         spark.learn()
         torch.save(spark.state_dict(), tmp_path / "spark.pt")
-        other = Spark()
+        other = published()
         other.load_state_dict(torch.load(tmp_path / "spark.pt", weights_only=True))
         assert torch.equal(other.weigh(*images)[1], spark.weigh(*images)[1])
 
@@ -470,7 +474,7 @@ class TestLearns:
     @pytest.fixture
     def spark(self):
         options = {"grid": 2, "reward_every": 1, "learning_rate": 3e-3, "entropy_bonus": 0.0}
-        return Spark(strength=5.0, **options)
+        return published(strength=5.0, **options)
 
     def preference(self, spark, task) -> float:
         """Weight on the left above that on the right."""
@@ -513,7 +517,7 @@ class TestMistakes:
 
     def test_unknown_option(self):
         with pytest.raises(SparkirError, match="'spark-paper' does not take these options"):
-            Spark(reward_evry=3)
+            published(reward_evry=3)
 
     def test_unknown_distance(self):
         with pytest.raises(SparkirError, match="no distance 'l2'; known: l1, mse, matched"):
@@ -534,14 +538,14 @@ class TestMistakes:
 
     def test_learn_before_backward(self, images):
         student = images[0].requires_grad_()
-        spark = Spark()
+        spark = published()
         spark.weigh(*images)
         with pytest.raises(SparkirError, match=r"behind loss\.backward"):
             spark.learn(optim.SGD([student], lr=1.0), lambda: student)
 
     def test_diverged(self, images):
         student = images[0].clone().requires_grad_()
-        spark = Spark()
+        spark = published()
         kd, _ = spark.weigh(student, *images[1:])
         kd.backward()
         with pytest.raises(SparkirError, match="the training has diverged"):

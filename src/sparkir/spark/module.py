@@ -57,8 +57,8 @@ class Spark(nn.Module):
         ...
         kd, weights = spark.weigh(student_out, teacher_out, target)
         (l1(student_out, target) + kd).backward()
-        spark.learn(optimizer, student, lq)     # does nothing on most steps
         optimizer.step()
+        spark.learn()                           # does nothing on most steps
 
     It draws its random numbers from a generator of its own, and leaves yours, the student, its
     buffers and its optimizer as they were. With several processes (torch.distributed) there is one
@@ -67,9 +67,9 @@ class Spark(nn.Module):
 
     def __init__(
         self,
-        preset: str = "spark-paper",
+        preset: str = "spark",
         *,
-        distance: str | Distance = "mse",
+        distance: str | Distance = "matched",
         strength: float = 1.0,
         value_range: float = 1.0,
         seed: int = 0,
@@ -78,10 +78,11 @@ class Spark(nn.Module):
         """Make an untrained policy with an optimizer of its own.
 
         Args:
-            preset: any source of weights: `spark-paper`, or a control such as `uniform`.
-            distance: between the two outputs, what W multiplies: `mse`, `l1`, `matched` (a squared
-                error that pulls as hard as an L1), or a function of yours from student and teacher
-                to a map (B, any, any, any).
+            preset: any source of weights: `spark`, `spark-paper` (as published, with the distance
+                `mse`), or a control such as `uniform`.
+            distance: between the two outputs, what W multiplies: `matched` (a squared error that
+                pulls as hard as an L1), `mse`, `l1`, or a function of yours from student and
+                teacher to a map (B, any, any, any).
             strength: factor of the distillation loss.
             value_range: the white level of your images, 1 or 255; the loss is of [0, 1].
             seed: of the policy's draws.
@@ -157,15 +158,16 @@ class Spark(nn.Module):
     ) -> dict[str, float] | None:
         """Improve the policy, on the steps on which it wants a reward.
 
-        Call it once a step, between the backward pass and the optimizer's step. ::
+        Call it once a step. The preset `spark` compares the outputs that `weigh` has seen, and
+        needs nothing: `spark.learn()`. For `spark-paper` there are two ways::
 
             spark.learn(optimizer, student, lq)    # looks one step ahead, and undoes it
             spark.learn()                          # needs nothing, and is biased
 
-        The first takes the step that is due and the same step without allocation, each time
-        restores the last batch, and puts everything back. The second pretends that every pixel of
-        the output could move by itself; see `steps_of_the_output`. The preset `spark` compares the
-        outputs it has seen, and needs nothing in either.
+        The first stands between the backward pass and the optimizer's step. It takes the step that
+        is due and the same step without allocation, each time restores the last batch, and puts
+        everything back. The second pretends that every pixel of the output could move by itself;
+        see `steps_of_the_output`.
 
         Args:
             optimizer: the student's.
