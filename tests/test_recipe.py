@@ -410,6 +410,9 @@ class TestDifferences:
             "train.steps: 10 -> 20",
         ]
 
+    def test_another_description_is_the_same_recipe(self):
+        assert differences(self.recipe({}), self.recipe({"description": "anything"})) == []
+
     def test_of_a_list(self):
         found = differences(self.recipe({}), self.recipe({"baselines": ["teacher"]}))
         assert found == ["baselines: ['ptq', 'teacher'] -> ['teacher']"]

@@ -330,11 +330,11 @@ def changed(recipe: Recipe, **keys: Any) -> Recipe:  # noqa: ANN401 - values of 
 
 
 def differences(old: Recipe, new: Recipe) -> list[str]:
-    """The keys in which two recipes differ, as `key: old -> new`."""
+    """The keys in which two recipes differ, as `key: old -> new`; a description changes nothing."""
     before, after = _flat(old.model_dump(mode="json")), _flat(new.model_dump(mode="json"))
     return [
         f"{key}: {before.get(key)!r} -> {after.get(key)!r}"
-        for key in sorted(before.keys() | after.keys())
+        for key in sorted((before.keys() | after.keys()) - {"description"})
         if before.get(key) != after.get(key)
     ]
 

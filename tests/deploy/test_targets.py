@@ -31,7 +31,7 @@ ONCE = {
     "nafnet": [(8, 8), (4, 8)],
     "swinir": [(4, 4), (8, 8)],
 }
-"""One width in ONNX Runtime and one in OpenVINO, of which `make test` has the first or the second."""
+"""One width in ONNX Runtime and one in OpenVINO; `make test` has one of the two."""
 FIRST_IN_OPENVINO = {"bsrn", "carn-m", "fmen", "span", "nafnet", "swinir"}
 
 

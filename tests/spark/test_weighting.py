@@ -402,6 +402,16 @@ class TestSpark:
         weights = spark.eval()(*images_wrong_in(torch.arange(16) % 4)) / spark.strength.value
         assert (weights - 1).abs().mean() < 0.15
 
+    def test_a_teacher_that_is_equally_right_everywhere_is_no_step_away(self):
+        student, teacher = torch.rand(2, 4, 3, 32, 32)
+        images = student, teacher, student + 0.7 * (teacher - student)
+        spark = Spark().train()
+        for _ in range(50):
+            spark(*images)
+            spark.learn_lead(*images)
+        weights = spark.eval()(*images) / spark.strength.value
+        assert (weights - 1).abs().max() < 0.02
+
     def test_a_teacher_that_is_its_student_is_no_step_away(self, images):
         spark = Spark(strength=1.0).train()
         same = images[0], images[0], images[2]

@@ -28,6 +28,9 @@ from sparkir.spark.strength import Strength
 _BOUND = 1.5
 """Of the logarithm of a wish: no cell counts more than e**3 times as much as another."""
 
+_SMALLEST_DEVIATION = 0.01
+"""Of the teacher's rightness over the cells; what differs by less is alike."""
+
 
 def to_pixels(weights: Float[Tensor, "b 1 g g"], size: tuple[int, int]) -> Float[Tensor, "b 1 h w"]:
     """W on the grid -> W on the image.
@@ -305,7 +308,7 @@ class Spark(Weighting):
     def _learn_where(self, right: Float[Tensor, "b 1 g g"]) -> dict[str, float]:
         assert self._features is not None
         beyond = right - right.mean(dim=(2, 3), keepdim=True)
-        standard = beyond / beyond.square().mean().sqrt().clamp_min(torch.finfo(right.dtype).tiny)
+        standard = beyond / beyond.square().mean().sqrt().clamp_min(_SMALLEST_DEVIATION)
         logarithm = self._allocation(of_all(self._features))
         weights = logarithm.exp()
         gain, divergence = (weights * standard).mean(), (weights * logarithm).mean()
