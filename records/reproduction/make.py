@@ -39,6 +39,10 @@ ONE_SEED = (
 ALL = "fakd,dckd,slkd," + CONTROLS
 BASELINES = ("truth", "kd", "kd-mse@1", "constant:spark-paper", "random:spark-paper", "float")
 FEW = "degraded,teacher,ptq,qat,truth,kd-matched,spark-paper,spark"
+NOISE = (
+    "degraded,teacher,float,ptq,qat,truth,kd,kd-matched,kd-matched@10,"
+    "constant:spark-paper,spark-paper,constant:spark,random:spark,spark"
+)
 SCORED = "degraded,teacher,float,ptq,qat,kd-matched,spark-paper,spark"
 IMITATION = "degraded,teacher,float,ptq,qat,kd,kd@20,kd-matched@20"
 
@@ -80,7 +84,7 @@ POLYU_TEST_SCENES = (
 )
 REAL_NOISE = Run(
     "twin-mirnet-dncnn-sidd",
-    PAPER + ",kd-matched,random:spark",
+    "kd-mse@1,fakd,slkd," + NOISE,
     (
         *POLYU,
         "teacher.weights={out}/teacher-twin-mirnet-sidd/student.safetensors",
@@ -124,7 +128,7 @@ RUNS = {
         before=(("teacher-twin-mirnet-lol", *LOW_LIGHT, "train.channels_last=true"),),
     ),
     "polyu-dncnn": REAL_NOISE,
-    "polyu-dncnn-seeds": replace(REAL_NOISE, methods=f"{FEW},float", seeds=2),
+    "polyu-dncnn-seeds": replace(REAL_NOISE, methods=NOISE, seeds=2),
     "rfdn-x4-w8a8": Run("twin-rfdn-rfdn-x4", EIGHT_BITS, (*FAST, "train.steps=100"), seeds=2),
     "rfdn-x4-w8a8-imitation": Run(
         "twin-rfdn-rfdn-x4",
