@@ -30,7 +30,7 @@ WEAK_METHODS = (
     "constant:spark-paper,spark-paper,constant:spark,random:spark,spark"
 )
 
-LONGER_METHODS = "degraded,teacher,qat,kd,kd-matched,kd-matched@10,spark"
+LONGER_METHODS = "degraded,teacher,qat,truth,truth@10,kd,kd-matched,kd-matched@10,spark"
 LONGER_SETTINGS = ("train.steps=2000", "train.teacher_cache=true", "train.checkpoint_every=1000")
 
 

@@ -41,7 +41,7 @@ BASELINES = ("truth", "kd", "kd-mse@1", "constant:spark-paper", "random:spark-pa
 FEW = "degraded,teacher,ptq,qat,truth,kd-matched,spark-paper,spark"
 NOISE = (
     "degraded,teacher,float,ptq,qat,truth,kd,kd-matched,kd-matched@10,"
-    "constant:spark-paper,spark-paper,constant:spark,random:spark,spark"
+    "constant:spark-paper,spark-paper,constant:spark,spark"
 )
 SCORED = "degraded,teacher,float,ptq,qat,kd-matched,spark-paper,spark"
 IMITATION = "degraded,teacher,float,ptq,qat,kd,kd@20,kd-matched@20"
@@ -84,7 +84,7 @@ POLYU_TEST_SCENES = (
 )
 REAL_NOISE = Run(
     "twin-mirnet-dncnn-sidd",
-    "kd-mse@1,fakd,slkd," + NOISE,
+    "kd-mse@1,fakd,slkd,random:spark-paper,random:spark," + NOISE,
     (
         *POLYU,
         "teacher.weights={out}/teacher-twin-mirnet-sidd/student.safetensors",
