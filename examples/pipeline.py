@@ -103,7 +103,7 @@ def onnx_psnr(path: Path) -> list[float]:
     """The same for an exported file, executed by ONNX Runtime as it is written.
 
     Its integer kernels saturate on x86 without VNNI, and its own remedy (the session option
-    `session.x64quantprecision`) refuses files whose layers share a zero point, as torch writes them.
+    `session.x64quantprecision`) refuses files whose layers share a zero point, as in torch's.
     """
     import onnxruntime
 
