@@ -2,13 +2,12 @@
 
     python records/compare-edsr-x2/make.py TRAIN SET14                    # an hour on two cores
     python records/compare-edsr-x2/make.py TRAIN SET14 --weak-teacher     # twenty minutes
-    python records/compare-edsr-x2/make.py TRAIN SET14 --longer           # half an hour
+    python records/compare-edsr-x2/make.py TRAIN SET14 --longer           # two hours
 
 TRAIN is a folder with the 55 photographs of CID22 and the 199 of BSDS500's train split that the
 log counts, SET14 the 14 images of Set14. The weak teacher (records/weak-teacher) is the student's
 own architecture in floating point, trained for a tenth of the time. `--longer` trains the first
-comparison's main rows for 2,000 steps and not 300 (records/compare-edsr-x2-longer). Two seeds each,
-of the longer one a single one.
+comparison's main rows for 2,000 steps and not 300 (records/compare-edsr-x2-longer). Two seeds each.
 """
 
 import argparse
@@ -22,15 +21,19 @@ LONGER = HERE.parent / "compare-edsr-x2-longer"
 METHODS = (
     "degraded,teacher,float,ptq,qat,truth,kd,kd-mse@1,kd-mse@20,kd-mse@100,kd-matched,"
     "kd-matched@10,fitnet,fakd,dckd,slkd,fixed:student_error,confidence,"
-    "constant:spark-paper,random:spark-paper,spark-paper,constant:spark,random:spark,spark"
+    "constant:spark-paper,random:spark-paper,spark-paper,"
+    "truth:spark,constant:spark,random:spark,spark"
 )
 WEAK_METHODS = (
     "degraded,teacher,float,ptq,qat,truth,kd,kd-mse@1,kd-mse@20,kd-matched,kd-matched@10,"
     "fixed:student_error,fixed:teacher_gap,confidence,"
-    "constant:spark-paper,spark-paper,constant:spark,random:spark,spark"
+    "constant:spark-paper,spark-paper,truth:spark,constant:spark,random:spark,spark"
 )
 
-LONGER_METHODS = "degraded,teacher,qat,truth,truth@10,kd,kd-matched,kd-matched@10,spark"
+LONGER_METHODS = (
+    "degraded,teacher,qat,truth,truth@10,kd,kd-matched,kd-matched@10,"
+    "truth:spark,constant:spark,random:spark,spark"
+)
 LONGER_SETTINGS = ("train.steps=2000", "train.teacher_cache=true", "train.checkpoint_every=1000")
 
 
@@ -73,8 +76,7 @@ def main() -> None:
         settings += [word for setting in LONGER_SETTINGS for word in ("--set", setting)]
         record, methods, made = LONGER, LONGER_METHODS, chosen.out / "longer-methods"
         record.mkdir(exist_ok=True)
-    seeds = "1" if chosen.longer else "2"
-    wanted = ("--methods", methods, "--seeds", seeds, "--jobs", "2")
+    wanted = ("--methods", methods, "--seeds", "2", "--jobs", "2")
     sparkir("compare", recipe, *settings, *wanted, "--out", made)
     for file in made.glob("comparison.*"):
         text = file.read_text("utf-8")

@@ -12,7 +12,8 @@ HERE = Path(__file__).parent
 METHODS = (
     "degraded,teacher,float,ptq,qat,truth,truth@20,kd,kd-mse@1,kd-mse@20,kd-mse@100,kd-matched,"
     "fixed:laplacian_variance,fixed:pixel_variance,fixed:student_error,fixed:teacher_gap,"
-    "constant:spark-paper,random:spark-paper,spark-paper,constant:spark,random:spark,spark"
+    "constant:spark-paper,random:spark-paper,spark-paper,"
+    "truth:spark,constant:spark,random:spark,spark"
 )
 
 

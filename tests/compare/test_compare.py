@@ -146,7 +146,7 @@ def test_the_command_prints_and_names_everything(compared):
         "resample 2 seeds and 2 images",
         "W of spark-paper, mean +- deviation, seed by seed: 0.",
         "No LPIPS: ",
-        "Not in this table: degraded, teacher, float, ptq, truth, kd-mse@1, kd-mse@20, ",
+        "Not in this table: degraded, teacher, float, ptq, kd-mse@1, kd-mse@20, ",
         "CPU time of all cores of a training step over that of QAT",
     ):
         assert words in out

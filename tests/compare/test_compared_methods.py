@@ -55,6 +55,18 @@ CHANGES = {
         "distill.strength": 1.0,
         "weighting.name": "constant",
     },
+    "truth:spark": {
+        "distill.norm": "matched",
+        "distill.target": "truth",
+        "weighting.name": "constant",
+        "weighting.options.value": 0.625,
+    },
+    "truth:spark-paper": {
+        "distill.norm": "mse",
+        "distill.strength": 5.0,
+        "distill.target": "truth",
+        "weighting.name": "constant",
+    },
     "random:spark": {
         "distill.norm": "matched",
         "distill.strength": 1.0,
@@ -157,13 +169,14 @@ def test_the_truth_has_no_features(recipe):
 def test_every_spark_has_its_controls(recipe):
     assert set(sparks()) == {name for name in weightings() if name.startswith("spark")}
     for name in sparks():
-        assert {name, f"constant:{name}", f"random:{name}"} <= methods().keys()
+        controls = {f"{kind}:{name}" for kind in ("truth", "constant", "random")}
+        assert {name, *controls} <= methods().keys()
     other = changed(recipe, weighting={"name": "spark"}, distill={"norm": "matched"})
     assert find("constant", recipe).name == "constant:spark-paper"
     assert find("constant", other).name == "constant:spark"
     assert missing_rows(default_names(other), other) == []
     assert missing_rows([*default_names(recipe), "spark"], recipe) == [
-        *("constant:spark", "random:spark")
+        *("truth:spark", "constant:spark", "random:spark")
     ]
 
 
@@ -178,7 +191,7 @@ def test_the_default_is_every_row_that_a_claim_needs(recipe):
     chosen = names(None, recipe)
     assert sorted(chosen) == sorted(default_names(recipe))
     assert missing_rows(chosen, recipe) == []
-    assert {"degraded", "teacher", "float", "ptq", "qat", "truth", "kd"} <= set(chosen)
+    assert {"degraded", "teacher", "float", "ptq", "qat", "truth:spark-paper", "kd"} <= set(chosen)
     assert [n for n in chosen if n.startswith("kd-mse")] == ["kd-mse@1", "kd-mse@20", "kd-mse@100"]
 
 

@@ -1,4 +1,4 @@
-"""Controls that are matched to a SPARK run: as much weight, or weights as scattered, at random."""
+"""Controls that are matched to a SPARK run: as much weight everywhere, at random, or no teacher."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from sparkir.errors import SparkirError
-from sparkir.recipe import Recipe, changed
+from sparkir.recipe import Distill, Recipe, changed
 from sparkir.spark.weighting import to_pixels
 
 _MAPS, _PX_PER_CELL, _ROUNDS = 128, 6, 200
@@ -46,6 +46,18 @@ def record_of(events: Iterable[Mapping[str, Any]]) -> WeightRecord | None:
 def like_constant(spark: Recipe, record: WeightRecord) -> Recipe:
     """SPARK's recipe with its mean W everywhere: is it only the strength?"""
     return changed(spark, weighting={"name": "constant", "options": {"value": record.mean}})
+
+
+def to_truth(recipe: Recipe) -> Recipe:
+    """The recipe with its distance taken to the truth: as much loss, and no teacher in it."""
+    own = recipe.distill or Distill()
+    loss = {"norm": own.norm, "strength": own.strength or 1.0, "target": "truth"}
+    return changed(recipe, distill=loss)
+
+
+def like_truth(spark: Recipe, record: WeightRecord) -> Recipe:
+    """SPARK's distance with its mean W, to the truth: is it the teacher at all?"""
+    return to_truth(like_constant(spark, record))
 
 
 def like_random(spark: Recipe, record: WeightRecord) -> Recipe:

@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from sparkir.compare.controls import WeightRecord, like_constant, like_random
+from sparkir.compare.controls import WeightRecord, like_constant, like_random, like_truth, to_truth
 from sparkir.distill.methods import methods as distillation_methods
 from sparkir.distill.methods import published, title
 from sparkir.errors import SparkirError
@@ -28,6 +28,8 @@ _FAMILIES: dict[str, tuple[str, dict[str, str]]] = {
 }
 """What may be had at any strength, as in `kd@20`: its label, and its keys of [distill]."""
 _STRENGTH_NAME = re.compile(r"(kd|kd-mse|kd-matched|truth)@(\d+\.?\d*|\.\d+)")
+_CONTROLS = ("truth", "constant", "random")
+"""What a SPARK has to be better than: each is made like a finished training of it."""
 _PUBLISHED = {"spark-paper": Distill(norm="mse"), "spark": Distill(norm="matched")}
 """The distillation that each SPARK was made for."""
 
@@ -75,10 +77,8 @@ def _uniform(**distill: Any) -> Callable[[Recipe], Recipe]:  # noqa: ANN401 - ke
 
 
 def _truth(recipe: Recipe) -> Recipe:
-    """The recipe's own loss, pulled to the ground truth: as much loss, and no teacher in it."""
-    own = _own(recipe)
-    loss = {"norm": own.norm, "strength": own.strength or 1.0, "target": "truth"}
-    return changed(recipe, distill=loss, weighting={})
+    """The recipe's own loss, pulled to the ground truth."""
+    return to_truth(changed(recipe, weighting={}))
 
 
 def _weighted(name: str) -> Callable[[Recipe], Recipe]:
@@ -144,6 +144,13 @@ def methods() -> dict[str, Method]:
                 match=like_random,
                 after=spark,
             ),
+            Method(
+                name=f"truth:{spark}",
+                label=f"loss of {words}, to truth",
+                change=_spark(spark),
+                match=like_truth,
+                after=spark,
+            ),
         ]
     rows += [
         Method(
@@ -184,11 +191,11 @@ def _at_strength(family: str, strength: float) -> Method:
 def default_names(recipe: Recipe) -> list[str]:
     """The rows that every table of quality should have, and the recipe's own SPARK."""
     own = _own_spark(recipe)
-    controls = [f"constant:{own}", f"random:{own}", "fixed:student_error"]
+    controls = [f"{kind}:{own}" for kind in _CONTROLS]
     strengths = [f"kd-mse@{strength:g}" for strength in STRENGTHS]
     return [
-        *("degraded", "teacher", "float", "ptq", "qat", "truth", "kd"),
-        *(*strengths, *controls, own),
+        *("degraded", "teacher", "float", "ptq", "qat", "kd"),
+        *(*strengths, *controls, "fixed:student_error", own),
     ]
 
 
@@ -261,7 +268,7 @@ def missing_rows(rows: Sequence[str], recipe: Recipe) -> list[str]:
     needed = [name for name in default_names(recipe) if name not in rows]
     if own:  # any SPARK will do, but it needs its own controls
         needed = [name for name in needed if name.partition(":")[0] not in _of_spark(recipe)]
-        controls = [f"{kind}:{name}" for name in own for kind in ("constant", "random")]
+        controls = [f"{kind}:{name}" for name in own for kind in _CONTROLS]
         needed += [name for name in controls if name not in rows]
     if any(name.startswith("fixed:") for name in rows):
         needed = [name for name in needed if not name.startswith("fixed:")]
@@ -269,7 +276,7 @@ def missing_rows(rows: Sequence[str], recipe: Recipe) -> list[str]:
 
 
 def _of_spark(recipe: Recipe) -> tuple[str, ...]:
-    return ("constant", "random", _own_spark(recipe))
+    return (*_CONTROLS, _own_spark(recipe))
 
 
 def _own_spark(recipe: Recipe) -> str:
