@@ -17,7 +17,7 @@ from pathlib import Path
 import torch
 from torch.profiler import ProfilerActivity, profile
 from torch.utils.flop_counter import FlopCounterMode
-from train_step import BY_NAME, Training
+from train_step import BY_NAME, PERIOD, Training
 
 from sparkir.quant.arithmetic import Quantized
 from sparkir.quant.quantizer import ActivationQuantizer
@@ -42,10 +42,10 @@ def part_of(operation: str) -> str:
 def profiled_ms(training: Training) -> dict[str, float]:
     """Milliseconds of each part, per step."""
     with profile(activities=[ProfilerActivity.CPU]) as measured:
-        training.run(training.period)
+        training.run(PERIOD)
     parts = dict.fromkeys([*PARTS, OTHERS], 0.0)
     for event in measured.key_averages():
-        parts[part_of(event.key)] += event.self_cpu_time_total / 1e3 / training.period
+        parts[part_of(event.key)] += event.self_cpu_time_total / 1e3 / PERIOD
     return parts
 
 
@@ -93,7 +93,7 @@ def main() -> None:
     name = sys.argv[1] if len(sys.argv) > 1 else "SPARK"
     with tempfile.TemporaryDirectory() as folder:
         training = Training(BY_NAME[name], Path(folder))
-        training.run(training.period)  # compiles
+        training.run(PERIOD)  # compiles
         parts = profiled_ms(training)
         floors = floors_ms(training)
     print(f"{name}, ms per step\n\n| part | ms | share |\n|---|---:|---:|")

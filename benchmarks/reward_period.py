@@ -7,7 +7,7 @@ A task whose best allocation is known. The student is the picture itself, every 
 so that what a place is taught stays there; the teacher is right on the left and wrong on the right
 of every picture, and each step brings new ones. A policy that has understood takes its weight from
 the right. Printed is its mean weight on the left less that on the right, of pictures that it has
-not seen. What rewards cost is in train_step.py: about one step and a half each.
+not seen. What rewards cost is in train_step.py: about one step and a quarter each.
 """
 
 import argparse
