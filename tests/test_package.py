@@ -24,7 +24,7 @@ gt = torch.rand(4, 3, 32, 32)
 output = student(gt)
 kd, weights = spark.weigh(output, gt, gt)
 kd.backward()
-assert spark.learn()["strength"] > 0
+assert spark.learn()["trust"] > 0
 assert "demo" in recipe.shipped()
 assert "site-packages" in recipe.__file__
 print(sys.version_info[:2], __version__)

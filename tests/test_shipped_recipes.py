@@ -9,7 +9,7 @@ from sparkir.data.catalog import CATALOG
 from sparkir.errors import SparkirError
 from sparkir.models.checkpoint import save_weights
 from sparkir.models.registry import build
-from sparkir.recipe import load, shipped
+from sparkir.recipe import changed, load, shipped
 from sparkir.run import train_student
 
 pytest_plugins = ["helpers"]
@@ -93,6 +93,18 @@ def test_takes_a_step(images, name):
     trained = train_student(recipe, gather(recipe), images / "run")
     assert (images / "run" / "last.pt").is_file()
     assert all(p.isfinite().all() for p in trained.student.parameters())
+
+
+def test_a_rest_of_w_that_goes_to_nobody_is_warned_of(images):
+    def warnings(recipe):
+        said = []
+        gather(recipe, said.append)
+        return [event["message"] for event in said if event["kind"] == "warning"]
+
+    recipe = started("sr-x2", images)
+    assert not any("to nobody" in message for message in warnings(recipe))
+    alone = changed(recipe, distill={"norm": "matched"})
+    assert any("to nobody" in message for message in warnings(alone))
 
 
 @pytest.mark.parametrize("name", TASKS)

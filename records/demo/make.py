@@ -10,10 +10,18 @@ from pathlib import Path
 
 HERE = Path(__file__).parent
 METHODS = (
-    "degraded,teacher,float,ptq,qat,truth,truth@20,kd,kd-mse@1,kd-mse@20,kd-mse@100,kd-matched,"
+    "degraded,teacher,float,ptq,qat,truth,truth@20,kd,kd-mse@1,kd-mse@20,kd-mse@100,"
+    "kd-matched,kd-matched@10,"
     "fixed:laplacian_variance,fixed:pixel_variance,fixed:student_error,fixed:teacher_gap,"
     "constant:spark-paper,random:spark-paper,spark-paper,"
     "truth:spark,constant:spark,random:spark,spark"
+)
+SETTINGS = (
+    "train.evaluate_every=0",
+    "distill.norm=mse",  # of the rows that have the recipe's own: as published
+    "distill.strength=1",
+    "distill.target=teacher",
+    "weighting.name=spark-paper",
 )
 
 
@@ -22,7 +30,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--out", type=Path, default=Path("runs/records-demo"))
     made = parser.parse_args().out
-    wanted = ("--methods", METHODS, "--seeds", "3", "--set", "train.evaluate_every=0")
+    settings = [word for setting in SETTINGS for word in ("--set", setting)]
+    wanted = ("--methods", METHODS, "--seeds", "3", *settings)
     command = (sys.executable, "-m", "sparkir", "compare", "demo", *wanted, "--out", str(made))
     subprocess.run(command, check=True)
     for file in made.glob("comparison.*"):

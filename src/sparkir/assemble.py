@@ -8,7 +8,7 @@ import json
 import os
 import re
 import textwrap
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from importlib import metadata, resources
 from pathlib import Path
@@ -289,6 +289,23 @@ def task_of(
     )
 
 
+def _doubts(recipe: Recipe) -> Iterator[str]:
+    """What a recipe may say, and hardly means."""
+    quant, distill = recipe.quant, recipe.distill
+    if quant is not None and not recipe.student.weights and not recipe.train.float_steps:
+        yield (
+            "the student starts from fresh weights, and its grids are set to what those compute; "
+            "give student.weights, or set train.float_steps"
+        )
+    if quant is not None and not quant.reduce_range and saturates(quant.runs_on.runtime):
+        yield f"{SATURATES}; the file cannot be checked here otherwise"
+    if distill is not None and recipe.weighting.name == "spark" and distill.target == "teacher":
+        yield (
+            "what the weighting spark does not believe of the teacher is for the truth, and "
+            'distill.target = "teacher" gives it to nobody; set distill.target = "both"'
+        )
+
+
 def gather(recipe: Recipe, report: Report = silent) -> Materials:
     """Build the networks, open the data, and make sure that they fit.
 
@@ -297,14 +314,7 @@ def gather(recipe: Recipe, report: Report = silent) -> Materials:
     """
     weighting_of(recipe.weighting)
     _require_weights(recipe)
-    if recipe.quant is not None and not recipe.student.weights and not recipe.train.float_steps:
-        message = (
-            "the student starts from fresh weights, and its grids are set to what those compute; "
-            "give student.weights, or set train.float_steps"
-        )
-        report({"kind": "warning", "message": message})
-    if (quant := recipe.quant) and not quant.reduce_range and saturates(quant.runs_on.runtime):
-        message = f"{SATURATES}; the file cannot be checked here otherwise"
+    for message in _doubts(recipe):
         report({"kind": "warning", "message": message})
     device = device_for(recipe)
     teacher = None if recipe.teacher is None else build_network(recipe.teacher).eval()

@@ -103,8 +103,9 @@ class Distill(_Section):
     """Distance between the outputs; `matched` is a squared error that pulls as hard as an L1."""
     strength: Annotated[float, Field(ge=0)] = 1.0
     """Factor of that distance; 0, beside a method of features, leaves it out."""
-    target: Literal["teacher", "truth"] = "teacher"
-    """`truth` is the control: the same loss without a teacher's knowledge."""
+    target: Literal["teacher", "truth", "both"] = "teacher"
+    """`both`: to the teacher by W, to the truth by what W leaves of 1. `truth` is the control: the
+    same loss without a teacher's knowledge."""
     feature_strength: Annotated[float, Field(gt=0)] | None = None
     """Factor of the method's own first term, the others in proportion; left out as published."""
 

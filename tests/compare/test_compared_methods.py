@@ -52,14 +52,15 @@ CHANGES = {
     "random": {"weighting.name": "random", "weighting.options.grid": 4},
     "constant:spark": {
         "distill.norm": "matched",
-        "distill.strength": 1.0,
+        "distill.strength": 10.0,
+        "distill.target": "both",
         "weighting.name": "constant",
     },
     "truth:spark": {
         "distill.norm": "matched",
+        "distill.strength": 10.0,  # in all, whatever W is
         "distill.target": "truth",
-        "weighting.name": "constant",
-        "weighting.options.value": 0.625,
+        **UNIFORM,
     },
     "truth:spark-paper": {
         "distill.norm": "mse",
@@ -69,12 +70,17 @@ CHANGES = {
     },
     "random:spark": {
         "distill.norm": "matched",
-        "distill.strength": 1.0,
+        "distill.strength": 10.0,
+        "distill.target": "both",
         "weighting.name": "random",
         "weighting.options.grid": 8,
-        "weighting.options.highest": 1.225,  # SPARK's has no bound: far in its tail
     },
-    "spark": {"distill.norm": "matched", "distill.strength": 1.0, "weighting.name": "spark"},
+    "spark": {
+        "distill.norm": "matched",
+        "distill.strength": 10.0,
+        "distill.target": "both",
+        "weighting.name": "spark",
+    },
     "fitnet": {
         "distill.method": "fitnet",
         "distill.norm": "l1",
@@ -136,8 +142,7 @@ def test_a_constant_has_the_mean_and_a_random_w_the_grid_of_its_spark(recipe):
     assert constant.weighting.options == {"value": 0.625}
     assert constant.distill == recipe.distill
     noise = recipe_of(find("random:spark-paper", recipe), recipe, RECORD).weighting.options
-    assert noise.keys() == {"mean", "sigma", "grid", "highest"}
-    assert noise["highest"] == 1.0
+    assert noise.keys() == {"mean", "sigma", "grid"}
     assert noise["mean"] == pytest.approx(0.625, abs=0.01)
     assert noise["sigma"] > 0.1  # neighbours are averaged on the way to pixels
 

@@ -126,6 +126,30 @@ class TestByHand:
         assert torch.equal(*weights)
         assert weights[0].flatten()[0].item() == pytest.approx(0.36788, abs=1e-4)
 
+    def test_both_as_target(self):
+        """W of 0.04 to the teacher's 0.8, and what it leaves of 0.09 to the truth's 0.9."""
+        losses = self.losses(target="both", strength=2.0, weighting=Given(HALF))
+        parts = {name: part.item() for name, part in losses.parts().items()}
+        expected = {"output": 2 * 0.04 * 3 / 8, "truth": 2 * 0.09 * 5 / 8}
+        assert parts == pytest.approx(expected, abs=1e-6)
+        assert losses.distillation().item() == pytest.approx(sum(expected.values()), abs=1e-6)
+
+    def test_both_in_one_unit(self):
+        """`matched` divides by twice the gap to the truth, 0.3, for both."""
+        losses = self.losses(target="both", norm="matched", weighting=Given(HALF))
+        expected = {"output": 0.04 * 3 / 8 / 0.6, "truth": 0.09 * 5 / 8 / 0.6}
+        parts = {name: part.item() for name, part in losses.parts().items()}
+        assert parts == pytest.approx(expected, abs=1e-6)
+
+    @pytest.mark.parametrize("norm", ["l1", "mse"])
+    def test_both_under_full_weights_is_the_teacher(self, norm):
+        both, teacher = (self.losses(target=goal, norm=norm) for goal in ("both", "teacher"))
+        assert torch.equal(both.distillation(), teacher.distillation())
+
+    def test_more_than_full_weights_push_nobody_away_from_the_truth(self):
+        losses = self.losses(target="both", weighting=Given(torch.full((1, 1, 2, 2), 3.0)))
+        assert losses.parts()["truth"] == 0
+
     def test_no_teacher_is_plain_l1(self):
         losses = DistillationTask(Affine(1.2), strength=5.0)(self.lq, self.gt)
         assert losses.total().item() == pytest.approx(0.3, abs=1e-6)

@@ -9,8 +9,9 @@ import torch
 from torch import nn, optim
 
 from sparkir import Spark, SparkirError
-from sparkir.distill.output import MAPS
+from sparkir.distill.output import MAPS, shared_maps
 from sparkir.spark.reward import reward
+from sparkir.spark.trust import Trust
 from sparkir.spark.weighting import SparkPaper
 
 
@@ -389,13 +390,31 @@ class TestLead:
         (l1(output, gt) + kd).backward()
         return look(optimizer, student, lq)
 
-    def test_the_strength_follows_the_teachers_lead(self, batch):
+    def test_the_trust_is_of_the_outputs(self, batch):
         lq, teacher, gt = batch
-        student, spark = nn.Conv2d(3, 3, 3, padding=1), Spark()
+        student, spark, trust = nn.Conv2d(3, 3, 3, padding=1), Spark(), Trust()
         told = self.step(spark, student, batch, look=spark.learn)
-        lead = reward(teacher, student(lq).detach(), gt, alpha=1.0, beta=10.0)
-        assert told["lead"] == pytest.approx(lead.mean().item())
-        assert told["strength"] == spark.weighting.strength.value.item() > 0.3
+        trust.follow(student(lq).detach(), teacher, gt)
+        assert told["trust"] == trust.value.item() < 1
+
+    @pytest.mark.parametrize("distance", [*MAPS, "own"])
+    def test_what_w_leaves_pulls_to_the_truth(self, images, distance):
+        """The loss of `distill.target = "both"`, at ten times the distance."""
+        student, teacher, gt = images
+        own = {"distance": lambda a, b: (a - b).pow(4)} if distance == "own" else {}
+        kd, weights = Spark(**{"distance": distance} | own).weigh(student, teacher, gt)
+        assert 0 < weights.mean() < 1
+        if own:
+            to_teacher, to_truth = (student - teacher).pow(4), (student - gt).pow(4)
+        else:
+            to_teacher, to_truth = shared_maps(distance, student, teacher, gt)
+        expected = 10 * (weights * to_teacher + (1 - weights) * to_truth).mean()
+        torch.testing.assert_close(kd, expected)
+
+    def test_others_leave_the_truth_to_your_loss(self, images):
+        student, teacher, target = images
+        kd, weights = Spark("confidence", distance="l1").weigh(student, teacher, target)
+        torch.testing.assert_close(kd, (weights * (student - teacher).abs()).mean())
 
     def test_with_and_without_the_student_alike(self, batch):
         student, start, told = Student().eval(), Spark().parameters(), []

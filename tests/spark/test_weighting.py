@@ -8,6 +8,7 @@ import torch
 from torch.distributions import Normal
 
 from sparkir.spark.difficulty import FEATURES, Standardize, difficulty_maps, rightness
+from sparkir.spark.trust import Trust
 from sparkir.spark.weighting import (
     Confidence,
     Constant,
@@ -41,10 +42,7 @@ class TestEverySource:
             assert weights.dtype == torch.float32
             assert not weights.requires_grad
             assert weights.min() >= 0
-            if name == "spark":  # an allocation: what one place gains, another loses
-                assert weights.mean() == pytest.approx(source.strength.value.item(), rel=0.01)
-            else:
-                assert weights.max() <= 1
+            assert weights.max() <= 1
 
     @pytest.mark.parametrize("name", weightings())
     def test_survives_flat_images(self, name):
@@ -371,15 +369,33 @@ def assert_equal(a, b):
         assert a == b
 
 
+TRUST = 0.01
+
+
+@pytest.fixture
+def small_trust(monkeypatch):
+    """A trust under which no allocation reaches the bound of 1."""
+    monkeypatch.setattr("sparkir.spark.trust.Trust.value", torch.tensor(TRUST))
+
+
 @pytest.mark.usefixtures("on_the_grid")
 class TestSpark:
     def test_starts_uniform(self, images):
-        spark = Spark(strength=0.5).train()
-        assert (spark(*images) == 0.5).all()
-        assert (spark.eval()(*images) == 0.5).all()
+        spark = Spark()
+        assert (spark.eval()(*images) == 1).all()
+        weights = spark.train()(*images)
+        assert (weights == spark.trust.value).all()
+
+    def test_the_trust_follows_every_batch_of_training(self, images):
+        spark, trust = Spark().train(), Trust()
+        for shown in (images, [image.square() for image in images]):
+            spark(*shown)
+            trust.follow(*shown)
+        spark.eval()(*images)
+        assert torch.equal(spark.trust.means, trust.means)
 
     @pytest.mark.parametrize("sign", [1, -1])
-    def test_follows_the_rightness_that_only_the_features_show(self, sign):
+    def test_follows_the_rightness_that_only_the_features_show(self, small_trust, sign):
         """The teacher is right where the student is wrong, or far more wrong there than it."""
         spark = Spark(entropy_bonus=0.25).train()
         for _ in range(200):
@@ -387,11 +403,11 @@ class TestSpark:
             spark(*with_teacher(sign, quadrant))
             spark.learn_lead(*with_teacher(sign, quadrant))
         quadrant = torch.arange(16) % 4
-        weights = spark.eval()(*with_teacher(sign, quadrant)) / spark.strength.value
+        weights = spark.eval()(*with_teacher(sign, quadrant)) / TRUST
         assert (sign * contrast(weights, quadrant)).min() > 0.5
         torch.testing.assert_close(weights.mean((1, 2, 3)), torch.ones(16))
 
-    def test_stays_uniform_where_rightness_is_noise(self, monkeypatch):
+    def test_stays_uniform_where_rightness_is_noise(self, small_trust, monkeypatch):
         noise = lambda *images, grid: torch.rand(16, 1, grid, grid)  # noqa: E731
         monkeypatch.setattr("sparkir.spark.weighting.rightness", noise)
         spark = Spark(entropy_bonus=0.25).train()
@@ -399,36 +415,33 @@ class TestSpark:
             images = images_wrong_in(torch.randint(4, (16,)))
             spark(*images)
             spark.learn_lead(*images)
-        weights = spark.eval()(*images_wrong_in(torch.arange(16) % 4)) / spark.strength.value
+        weights = spark.eval()(*images_wrong_in(torch.arange(16) % 4)) / TRUST
         assert (weights - 1).abs().mean() < 0.15
 
-    def test_a_teacher_that_is_equally_right_everywhere_is_no_step_away(self):
+    def test_a_teacher_that_is_equally_right_everywhere_is_no_step_away(self, small_trust):
         student, teacher = torch.rand(2, 4, 3, 32, 32)
         images = student, teacher, student + 0.7 * (teacher - student)
         spark = Spark().train()
         for _ in range(50):
             spark(*images)
             spark.learn_lead(*images)
-        weights = spark.eval()(*images) / spark.strength.value
+        weights = spark.eval()(*images) / TRUST
         assert (weights - 1).abs().max() < 0.02
 
     def test_a_teacher_that_is_its_student_is_no_step_away(self, images):
-        spark = Spark(strength=1.0).train()
+        spark = Spark().train()
         same = images[0], images[0], images[2]
         spark(*same)
         log = spark.learn_lead(*same)
         assert all(math.isfinite(value) for value in log.values())
         assert (spark.eval()(*same) == 1).all()
 
-    def test_the_strength_is_a_factor_of_every_weight(self, images):
-        spark = Spark(strength=1.0).train()
-        start = copy.deepcopy(spark)
+    def test_what_is_logged(self, images):
+        spark = Spark().train()
         spark(*images)
         told = spark.learn_lead(*images)
-        assert told["strength"] > 1
-        start.load_state_dict(spark.state_dict())
-        start.strength.value.fill_(1.0)
-        torch.testing.assert_close(spark(*images), told["strength"] * start(*images))
+        assert told["trust"] == spark.trust.value.item() < 1
+        assert told["correlation"] == spark.trust.correlation.item()
 
     def test_one_step_against_a_slow_reference(self, images):
         """The gradient of mean(W * rightness) - bonus * mean(W log W), W written out as softmax."""

@@ -22,7 +22,7 @@ needs_fabric = pytest.mark.skipif(
 RELATIVE = 2e-4
 LOGGED = ("loss", "reconstruction", "distillation", "gradient_norm", "mean_weight")
 LEARNED = ("reward_deviation", "advantage_max", "log_probability", "entropy", "sigma")
-LEARNED += ("gain", "divergence", "strength", "lead")
+LEARNED += ("gain", "divergence", "trust", "correlation")
 
 
 @pytest.fixture(scope="module")

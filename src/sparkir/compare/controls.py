@@ -15,8 +15,7 @@ from sparkir.spark.weighting import to_pixels
 
 _MAPS, _PX_PER_CELL, _ROUNDS = 128, 6, 200
 _TOLERANCE = 1e-3
-_DEVIATIONS = 6.0  # beyond which a W without a bound is cut off
-_FAR = 100.0  # where W has a bound, it would be 0 or 1 almost everywhere
+_FAR = 100.0  # W would be 0 or 1 almost everywhere
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -56,50 +55,48 @@ def to_truth(recipe: Recipe) -> Recipe:
 
 
 def like_truth(spark: Recipe, record: WeightRecord) -> Recipe:
-    """SPARK's distance with its mean W, to the truth: is it the teacher at all?"""
+    """SPARK's distance, as strong on average, to the truth: is it the teacher at all?"""
+    if spark.distill is not None and spark.distill.target == "both":  # W and its rest make 1
+        return to_truth(changed(spark, weighting={}))
     return to_truth(like_constant(spark, record))
 
 
 def like_random(spark: Recipe, record: WeightRecord) -> Recipe:
     """SPARK's recipe with random W of the same mean and deviation: is it only the noise?"""
     grid = int(spark.weighting.options.get("grid", 8))
-    is_bounded = spark.weighting.name == "spark-paper"  # others may exceed 1
-    highest = 1.0 if is_bounded else record.mean + _DEVIATIONS * record.deviation
-    options = matched_random(record, grid=grid, highest=highest)
+    options = matched_random(record, grid=grid)
     return changed(spark, weighting={"name": "random", "options": options})
 
 
-def matched_random(
-    record: WeightRecord, *, grid: int, highest: float = 1.0
-) -> dict[str, int | float]:
+def matched_random(record: WeightRecord, *, grid: int) -> dict[str, int | float]:
     """The options with which the source `random` has the record's mean and deviation.
 
-    They are not the record's own: clamping to [0, highest] moves the mean, and enlarging the grid
+    They are not the record's own: clamping to [0, 1] moves the mean, and enlarging the grid
     to pixels averages neighbours. Both are undone by trial, on one draw of many maps.
 
     Raises:
-        SparkirError: no W of that source can be like it, as when its mean is above the highest.
+        SparkirError: no W of that source can be like it, as when its mean is above 1.
     """
     noise = torch.randn((_MAPS, 1, grid, grid), generator=torch.Generator().manual_seed(0))
     noise = (noise - noise.mean()) / noise.std()
     mean, sigma = record.mean, record.deviation
     for _ in range(_ROUNDS):
-        found, scatter = _drawn(noise, mean, sigma, highest)
+        found, scatter = _drawn(noise, mean, sigma)
         off = max(abs(record.mean - found), abs(record.deviation - scatter))
         if off < _TOLERANCE * max(record.deviation, _TOLERANCE):
-            return {"mean": mean, "sigma": sigma, "grid": grid, "highest": highest}
+            return {"mean": mean, "sigma": sigma, "grid": grid}
         mean += record.mean - found
         sigma *= record.deviation / max(scatter, 1e-12)
         if not (abs(mean) < _FAR and sigma < _FAR):
             break
     raise SparkirError(
-        f"no random W in [0, {highest:g}] has the mean {record.mean:.4f} and the deviation "
+        f"no random W in [0, 1] has the mean {record.mean:.4f} and the deviation "
         f"{record.deviation:.4f} of the run that it should be matched to; leave random out"
     )
 
 
-def _drawn(noise: Tensor, mean: float, sigma: float, highest: float) -> tuple[float, float]:
+def _drawn(noise: Tensor, mean: float, sigma: float) -> tuple[float, float]:
     """Mean and deviation of the W that the source `random` makes of this noise."""
     side = noise.shape[-1] * _PX_PER_CELL
-    weights = to_pixels((mean + sigma * noise).clamp(0, highest), (side, side))
+    weights = to_pixels((mean + sigma * noise).clamp(0, 1), (side, side))
     return float(weights.mean()), float(weights.std())

@@ -30,7 +30,10 @@ _FAMILIES: dict[str, tuple[str, dict[str, str]]] = {
 _STRENGTH_NAME = re.compile(r"(kd|kd-mse|kd-matched|truth)@(\d+\.?\d*|\.\d+)")
 _CONTROLS = ("truth", "constant", "random")
 """What a SPARK has to be better than: each is made like a finished training of it."""
-_PUBLISHED = {"spark-paper": Distill(norm="mse"), "spark": Distill(norm="matched")}
+_PUBLISHED = {
+    "spark-paper": Distill(norm="mse"),
+    "spark": Distill(norm="matched", strength=10.0, target="both"),
+}
 """The distillation that each SPARK was made for."""
 
 

@@ -28,9 +28,13 @@ class Term:
     distance: Float[Tensor, "b c h w"]
     """The distance at every location, unweighted; its plain mean is the published loss."""
     factor: float = 1.0
+    of_the_rest: bool = False
+    """Whether it is weighted by what W leaves of 1, and not by W."""
 
     def weights_at(self, weights: Float[Tensor, "b 1 H W"]) -> Float[Tensor, "b 1 h w"]:
-        """W on this map's grid: averaged where the map is coarser than the image."""
+        """The weights on this map's grid: averaged where the map is coarser than the image."""
+        if self.of_the_rest:
+            weights = (1 - weights).clamp_min(0)
         if weights.shape[-2:] in (self.distance.shape[-2:], (1, 1)):
             return weights
         return F.adaptive_avg_pool2d(weights, (self.distance.shape[-2], self.distance.shape[-1]))

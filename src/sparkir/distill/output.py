@@ -35,9 +35,7 @@ def matched_map(
     the student has come; a plain squared error of images in [0, 1] pulls a hundred times less, and
     needs a strength of its own for every task. The mean gap carries no gradient.
     """
-    difference = student - target
-    gap = difference.detach().abs().mean().clamp_min(_SMALLEST_GAP)
-    return difference.square() / (2 * gap)
+    return mse_map(student, target) / (2 * _gap(student, target))
 
 
 MAPS: dict[Norm, Callable[[Tensor, Tensor], Tensor]] = {
@@ -45,3 +43,24 @@ MAPS: dict[Norm, Callable[[Tensor, Tensor], Tensor]] = {
     "mse": mse_map,
     "matched": matched_map,
 }
+
+
+def shared_maps(
+    norm: Norm,
+    student: Float[Tensor, "b c h w"],
+    teacher: Float[Tensor, "b c h w"],
+    truth: Float[Tensor, "b c h w"],
+) -> tuple[Float[Tensor, "b c h w"], Float[Tensor, "b c h w"]]:
+    """The distances to teacher and truth in one unit, so that W and 1 - W mix what they say.
+
+    `matched` has its gap to the truth for both: with gaps of their own, a teacher that is nearer
+    would count for more than its weight.
+    """
+    if norm != "matched":
+        return MAPS[norm](student, teacher), MAPS[norm](student, truth)
+    unit = 2 * _gap(student, truth)
+    return mse_map(student, teacher) / unit, mse_map(student, truth) / unit
+
+
+def _gap(student: Tensor, target: Tensor) -> Tensor:
+    return (student - target).detach().abs().mean().clamp_min(_SMALLEST_GAP)

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from sparkir.distill.features import observe
 from sparkir.distill.kd import KD
 from sparkir.distill.method import Method, Seen, Term
-from sparkir.distill.output import MAPS, Norm, l1_map
+from sparkir.distill.output import MAPS, Norm, l1_map, shared_maps
 from sparkir.models.facts import as_seen, facts_of, restore
 from sparkir.spark.weighting import Constant, Weighting
 
@@ -95,7 +95,7 @@ class DistillationTask(nn.Module):
         method: Method | None = None,
         norm: Norm = "mse",
         strength: float = 1.0,
-        target: Literal["teacher", "truth"] = "teacher",
+        target: Literal["teacher", "truth", "both"] = "teacher",
     ) -> None:
         """Put the parts together.
 
@@ -106,8 +106,9 @@ class DistillationTask(nn.Module):
             method: what is imitated besides the teacher's output; nothing when None.
             norm: distance between the outputs.
             strength: factor of that distance; at 0 it is left out.
-            target: what the output is pulled to. `truth` is the control that has the same loss
-                and no teacher's knowledge in it.
+            target: what the output is pulled to. `both`: to the teacher by W, and to the truth by
+                what W leaves of 1. `truth` is the control that has the same loss and no teacher's
+                knowledge in it.
         """
         super().__init__()
         self.student = student
@@ -176,7 +177,7 @@ class DistillationTask(nn.Module):
             )
             with torch.autocast(lq.device.type, enabled=False):  # a draw needs its probability
                 weights = self.weighting(output.detach(), teacher, gt)
-                terms = (*self._output_term(seen), *self.method(seen))
+                terms = (*self._output_terms(seen), *self.method(seen))
         return StepLosses(
             output=output,
             gt=gt,
@@ -202,9 +203,15 @@ class DistillationTask(nn.Module):
             return observe(self.student, self.method.student_taps, lq)
         return self.run_student(lq), ()
 
-    def _output_term(self, seen: Seen) -> tuple[Term, ...]:
+    def _output_terms(self, seen: Seen) -> tuple[Term, ...]:
         if self.strength == 0:
             return ()
+        if self.target == "both":
+            maps = shared_maps(self.norm, seen.output, seen.teacher_output, seen.gt)
+            return (
+                Term(name="output", distance=maps[0], factor=self.strength),
+                Term(name="truth", distance=maps[1], factor=self.strength, of_the_rest=True),
+            )
         goal = seen.teacher_output if self.target == "teacher" else seen.gt
         distance = MAPS[self.norm](seen.output, goal)
         return (Term(name="output", distance=distance, factor=self.strength),)

@@ -29,9 +29,11 @@ _SEEDS_PER_RANK = 1 << 32
 
 
 def _matched(student: Tensor, teacher: Tensor) -> Tensor:
-    difference = student - teacher
-    gap = difference.detach().abs().mean().clamp_min(_SMALLEST_GAP)
-    return difference.square() / (2 * gap)
+    return (student - teacher).square() / (2 * _gap(student, teacher))
+
+
+def _gap(student: Tensor, other: Tensor) -> Tensor:
+    return (student - other).detach().abs().mean().clamp_min(_SMALLEST_GAP)
 
 
 _DISTANCES: dict[str, Distance] = {
@@ -39,6 +41,8 @@ _DISTANCES: dict[str, Distance] = {
     "mse": lambda student, teacher: (student - teacher).square(),
     "matched": _matched,  # a squared error that pulls as hard as an L1
 }
+_STRENGTHS = {"spark": 10.0}
+"""Of a preset whose weights leave a rest, which goes to the truth; of all others 1."""
 
 
 _outside_graphs: list[Callable[..., Any]] = []
@@ -70,7 +74,7 @@ class Spark(nn.Module):
         preset: str = "spark",
         *,
         distance: str | Distance = "matched",
-        strength: float = 1.0,
+        strength: float | None = None,
         value_range: float = 1.0,
         seed: int = 0,
         **options: int | float,
@@ -78,12 +82,13 @@ class Spark(nn.Module):
         """Make an untrained policy with an optimizer of its own.
 
         Args:
-            preset: any source of weights: `spark`, `spark-paper` (as published, with the distance
-                `mse`), or a control such as `uniform`.
+            preset: any source of weights: `spark`, which pulls to the truth what its W leaves of 1,
+                `spark-paper` (as published, with the distance `mse`), or a control such as
+                `uniform`.
             distance: between the two outputs, what W multiplies: `matched` (a squared error that
                 pulls as hard as an L1), `mse`, `l1`, or a function of yours from student and
                 teacher to a map (B, any, any, any).
-            strength: factor of the distillation loss.
+            strength: factor of the distillation loss; 10 for `spark`, 1 for all others.
             value_range: the white level of your images, 1 or 255; the loss is of [0, 1].
             seed: of the policy's draws.
             options: the preset's own, such as `reward_every=8`.
@@ -94,7 +99,9 @@ class Spark(nn.Module):
         super().__init__()
         self.weighting: Weighting = _source(preset, options)
         self.distance = _chosen_distance(distance)
-        self.strength, self.value_range, self.seed = strength, value_range, seed
+        self.strength = _STRENGTHS.get(preset, 1.0) if strength is None else strength
+        self.pulls_to_truth = preset in _STRENGTHS
+        self.value_range, self.seed = value_range, seed
         if not _outside_graphs:  # no decorator: torch.compiler takes seconds to import
             _outside_graphs.append(torch.compiler.disable(_call))
         self._steps = self._draws = 0
@@ -115,7 +122,8 @@ class Spark(nn.Module):
             target: the ground truth.
 
         Returns:
-            strength * mean(W * distance) in float32, to be added to your loss, and W, detached.
+            strength * mean(W * distance) in float32, to be added to your loss, and W, detached. Of
+            `spark` strength * mean(W * distance + (1 - W) * distance of student and target).
 
         Raises:
             SparkirError: the three differ in shape, or lie outside the range they should have.
@@ -141,12 +149,24 @@ class Spark(nn.Module):
             )
             with self._own_generator(student.device):
                 weights = self.weighting(student.detach(), teacher, truth)
-            loss = self.strength * weighted(weights, self.distance(student, teacher))
+            loss = self.strength * self._distances(weights, student, teacher, truth)
         if torch.is_grad_enabled() and self._is_due():
             self._seen, self._factor = Seen(student.detach(), teacher, truth, weights), None
             if loss.requires_grad:
                 loss.register_hook(self._remember_factor)
         return loss, weights
+
+    def _distances(
+        self, weights: Tensor, student: Tensor, teacher: Tensor, truth: Tensor
+    ) -> Tensor:
+        """mean(W * distance), and with `spark` of the truth with what W leaves."""
+        to_teacher = self.distance(student, teacher)
+        if not self.pulls_to_truth:
+            return weighted(weights, to_teacher)
+        to_truth = self.distance(student, truth)
+        if self.distance is _matched:  # in one unit, so that W mixes what the two say
+            to_teacher = to_teacher * (_gap(student, teacher) / _gap(student, truth))
+        return weighted(weights, to_teacher) + weighted(1 - weights, to_truth)
 
     def learn(
         self,

@@ -22,8 +22,7 @@ from sparkir.spark.difficulty import (
     to_cells,
 )
 from sparkir.spark.policy import Action, Policy
-from sparkir.spark.reward import reward
-from sparkir.spark.strength import Strength
+from sparkir.spark.trust import Trust
 
 _BOUND = 1.5
 """Of the logarithm of a wish: no cell counts more than e**3 times as much as another."""
@@ -94,18 +93,16 @@ class Constant(Weighting):
 class Random(Weighting):
     """Noise with the distribution of SPARK's W: what is left of it without the policy."""
 
-    def __init__(
-        self, *, mean: float = 0.5, sigma: float = 0.2, grid: int = 8, highest: float = 1.0
-    ) -> None:
-        """W = clamp(N(mean, sigma)) per cell, to [0, highest]."""
+    def __init__(self, *, mean: float = 0.5, sigma: float = 0.2, grid: int = 8) -> None:
+        """W = clamp(N(mean, sigma)) per cell, to [0, 1]."""
         super().__init__()
-        self.mean, self.sigma, self.grid, self.highest = mean, sigma, grid, highest
+        self.mean, self.sigma, self.grid = mean, sigma, grid
 
     def forward(self, student: Tensor, teacher: Tensor, target: Tensor) -> Tensor:
         """A fresh map for every image."""
         shape = (student.shape[0], 1, self.grid, self.grid)
         draw = self.mean + self.sigma * normal(shape, device=student.device)
-        return to_pixels(draw.clamp(0, self.highest), (student.shape[-2], student.shape[-1]))
+        return to_pixels(draw.clamp(0, 1), (student.shape[-2], student.shape[-1]))
 
 
 class Fixed(Weighting):
@@ -229,14 +226,14 @@ class SparkPaper(Weighting):
 
 
 class Spark(Weighting):
-    """Our own: as strongly as the teacher leads its student, most where it points at the truth.
+    """Our own: W is how far to believe the teacher, and the rest of 1 is for the truth.
 
     What differs from the paper, and why:
 
-    * W is a strength times an allocation, exp(a) / mean(exp(a)) for each image, and each is learned
-      from what tells of it.
-    * The strength grows while the teacher restores better than the student, and goes to nearly
-      nothing when it does not.
+    * W is a trust times an allocation, exp(a) / mean(exp(a)) for each image, at most 1.
+    * The trust (`trust.Trust`) falls as the student comes near what the teacher can teach, and to
+      nothing under a teacher that leads away from the truth. To be used with a distillation whose
+      target is `both`, which pulls to the truth what W leaves.
     * Every cell's teacher is right or wrong by itself (`difficulty.rightness`), so that the policy
       follows the exact gradient of what it stands to gain; nothing need be drawn, and no step
       looked ahead. A bonus on the entropy of the allocation keeps it near uniform.
@@ -246,32 +243,23 @@ class Spark(Weighting):
     def __init__(
         self,
         *,
-        strength: float = 0.3,
-        strength_rate: float = 1.5,
         grid: int = 8,
         reward_every: int = 8,
         learning_rate: float = 1e-3,
         entropy_bonus: float = 1.0,
-        alpha: float = 1.0,
-        beta: float = 10.0,
     ) -> None:
         """Make an untrained policy, whose allocation is uniform.
 
         Args:
-            strength: where the learned one starts.
-            strength_rate: largest move of its logarithm; at 0 it stays.
             grid: cells per side.
-            reward_every: steps between two moves, which cost next to nothing.
+            reward_every: steps between two moves of the policy, which cost next to nothing.
             learning_rate: of the policy's Adam.
             entropy_bonus: how much rightness, in deviations, an uneven allocation must earn.
-            alpha: reward per dB of PSNR that the teacher leads by.
-            beta: reward per unit of SSIM.
         """
         super().__init__()
         self.grid, self.reward_every, self.entropy_bonus = grid, reward_every, entropy_bonus
-        self.alpha, self.beta = alpha, beta
         signals = len(FEATURES) + 1
-        self.strength = Strength(strength, rate=strength_rate)
+        self.trust = Trust()
         self.standardize = Standardize(signals)
         self.policy = Policy(signals, start=0.0)
         self.policy.log_sigma.requires_grad_(False)  # nothing is drawn
@@ -279,14 +267,15 @@ class Spark(Weighting):
         self._features: Tensor | None = None
 
     def forward(self, student: Tensor, teacher: Tensor, target: Tensor) -> Tensor:
-        """The strength times the policy's allocation."""
+        """The trust times the policy's allocation; in training, the trust follows the batch."""
         maps = difficulty_maps(student, teacher, target, grid=self.grid)
         teacher_error = to_cells((teacher - target).abs().mean(1, keepdim=True), self.grid).mean(-1)
         features = self.standardize(torch.cat([maps, teacher_error], 1))
         if self.training:
             self._features = features
+            self.trust.follow(student, teacher, target)
         with torch.no_grad():
-            weights = self.strength.value * self._allocation(features).exp()
+            weights = (self.trust.value * self._allocation(features).exp()).clamp(max=1)
         return to_pixels(weights, (student.shape[-2], student.shape[-1]))
 
     def wants_lead_at(self, step: int) -> bool:
@@ -294,16 +283,15 @@ class Spark(Weighting):
         return step % self.reward_every == 0
 
     def learn_lead(self, student: Tensor, teacher: Tensor, target: Tensor) -> dict[str, float]:
-        """One move of the strength, and one step of the policy.
+        """One step of the policy, the same in every process that shares the batch.
 
-        The step goes up the gradient of mean(W * rightness) + entropy_bonus * entropy(W), with the
-        rightness of a cell beyond its image's, in deviations. Both are the same in every process
-        that shares the batch.
+        Up the gradient of mean(W * rightness) + entropy_bonus * entropy(W), with the rightness of a
+        cell beyond its image's, in deviations.
         """
         assert self._features is not None, "learn_lead follows a forward in training"
-        lead = reward(teacher, student, target, alpha=self.alpha, beta=self.beta)
         right = rightness(student, teacher, target, grid=self.grid)
-        return self.strength.learn(lead) | self._learn_where(of_all(right))
+        trust = {"trust": float(self.trust.value), "correlation": float(self.trust.correlation)}
+        return trust | self._learn_where(of_all(right))
 
     def _learn_where(self, right: Float[Tensor, "b 1 g g"]) -> dict[str, float]:
         assert self._features is not None
