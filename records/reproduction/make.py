@@ -37,11 +37,14 @@ ONE_SEED = (
     "spark-paper,spark"
 )
 ALL = "fakd,dckd,slkd," + CONTROLS
-BASELINES = ("truth", "kd", "kd-mse@1", "constant:spark-paper", "random:spark-paper", "float")
+BASELINES = (
+    *("truth", "truth:spark", "kd", "kd-mse@1"),
+    *("constant:spark-paper", "random:spark-paper", "float"),
+)
 FEW = "degraded,teacher,ptq,qat,truth,kd-matched,spark-paper,spark"
 NOISE = (
     "degraded,teacher,float,ptq,qat,truth,kd,kd-matched,kd-matched@10,"
-    "constant:spark-paper,spark-paper,constant:spark,spark"
+    "constant:spark-paper,spark-paper,truth:spark,constant:spark,spark"
 )
 SCORED = "degraded,teacher,float,ptq,qat,kd-matched,spark-paper,spark"
 IMITATION = "degraded,teacher,float,ptq,qat,kd,kd@20,kd-matched@20"

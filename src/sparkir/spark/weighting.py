@@ -72,7 +72,7 @@ class Weighting(nn.Module):
         teacher: Float[Tensor, "b c h w"],
         target: Float[Tensor, "b c h w"],
     ) -> dict[str, float]:
-        """Improve with how much nearer to the target the teacher is; returns what to log."""
+        """Improve with the images themselves; returns what to log."""
         raise NotImplementedError
 
 
