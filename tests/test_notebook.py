@@ -71,7 +71,7 @@ def test_every_cell_runs(notebook, tool, tmp_path, monkeypatch):
         torch.set_num_threads(threads)
     pictures = [one for one in shown if isinstance(one, bytes) and one.startswith(b"\x89PNG")]
     assert len(pictures) == 3
-    assert "| SPARK (paper) W4A4 | runtime |" in shown[0]
+    assert "| SPARK W4A4 | runtime |" in shown[0]
     assert any("of which" in str(one) for one in shown)
 
 
@@ -104,7 +104,7 @@ def test_the_site_has_a_page_of_it(notebook, tool):
     page, pictures = tool.page_of(notebook)
     for cell in notebook["cells"]:
         assert "".join(cell["source"]) in page
-    assert "| SPARK (paper) W4A4 | runtime |" in page
+    assert "| SPARK W4A4 | runtime |" in page
     assert [f"({path})" in page for path in pictures] == [True] * 3
     assert all(content.startswith(b"\xff\xd8\xff") for content in pictures.values())
     assert "base64" not in page
