@@ -157,7 +157,7 @@ class SparkPaper(Weighting):
         Args:
             grid: cells per side.
             sigma: the policy's first standard deviation.
-            reward_every: steps between two rewards, each of which costs about a step and a half.
+            reward_every: steps between two rewards, each of which costs about a step and a quarter.
                 What counts for learning is the number of rewards times `learning_rate`.
             learning_rate: of the policy's Adam.
             entropy_bonus: reward for staying random, per nat and cell.
