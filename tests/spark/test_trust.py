@@ -5,9 +5,7 @@ from torch import nn, optim
 from sparkir.spark.trust import Trust
 
 
-def seen(
-    teacher_error: float, *, noise: float = 0.1, gap: float = 0.2, batches: int = 200
-) -> Trust:
+def seen(teacher_error: float, *, noise: float = 0.1, gap: float = 0.2) -> Trust:
     """The best guess from the input is 0; student and truth scatter around it, and the teacher."""
     trust = Trust()
     generator = torch.Generator().manual_seed(0)

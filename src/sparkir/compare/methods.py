@@ -28,8 +28,12 @@ _FAMILIES: dict[str, tuple[str, dict[str, str]]] = {
 }
 """What may be had at any strength, as in `kd@20`: its label, and its keys of [distill]."""
 _STRENGTH_NAME = re.compile(r"(kd|kd-mse|kd-matched|truth)@(\d+\.?\d*|\.\d+)")
-_CONTROLS = ("truth", "constant", "random")
-"""What a SPARK has to be better than: each is made like a finished training of it."""
+_CONTROLS: dict[str, tuple[str, Callable[[Recipe, WeightRecord], Recipe]]] = {
+    "truth": ("loss of {}, to truth", like_truth),
+    "constant": ("constant W like {}", like_constant),
+    "random": ("random W like {}", like_random),
+}
+"""What a SPARK has to be better than: a label, and what makes it like a finished training of it."""
 _PUBLISHED = {
     "spark-paper": Distill(norm="mse"),
     "spark": Distill(norm="matched", strength=10.0, target="both"),
@@ -134,26 +138,13 @@ def methods() -> dict[str, Method]:
     for spark, words in sparks().items():
         rows += [
             Method(
-                name=f"constant:{spark}",
-                label=f"constant W like {words}",
+                name=f"{kind}:{spark}",
+                label=label.format(words),
                 change=_spark(spark),
-                match=like_constant,
+                match=match,
                 after=spark,
-            ),
-            Method(
-                name=f"random:{spark}",
-                label=f"random W like {words}",
-                change=_spark(spark),
-                match=like_random,
-                after=spark,
-            ),
-            Method(
-                name=f"truth:{spark}",
-                label=f"loss of {words}, to truth",
-                change=_spark(spark),
-                match=like_truth,
-                after=spark,
-            ),
+            )
+            for kind, (label, match) in sorted(_CONTROLS.items())
         ]
     rows += [
         Method(
