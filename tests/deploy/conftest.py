@@ -1,8 +1,18 @@
+import os
 from collections.abc import Iterator
 
+import exported
 import pytest
 import torch
 from exported import CASES, Deployed, deploy
+
+
+@pytest.fixture(autouse=True, scope="session")
+def exported_once(tmp_path_factory) -> None:
+    """Several processes of one run keep their exports in the folder that they have in common."""
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        exported.shared_folder = tmp_path_factory.getbasetemp().parent / "exports"
+        exported.shared_folder.mkdir(exist_ok=True)
 
 
 @pytest.fixture(autouse=True, scope="module")

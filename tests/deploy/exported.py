@@ -1,19 +1,22 @@
-"""Exported networks, each made once: an export takes seconds."""
+"""Exported networks, each made once by all processes of a test run: an export takes seconds."""
 
 import copy
+import hashlib
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache, cached_property
+from pathlib import Path
 
 import numpy as np
 import onnx
 import onnxruntime
 import torch
 import torch.nn.functional as F
+from filelock import FileLock
 from onnx import TensorProto, numpy_helper
 from torch import Tensor, fx, nn
 
-from sparkir.deploy.onnx import to_onnx
+from sparkir.deploy.onnx import to_onnx, write_model
 from sparkir.deploy.parity import Parity, check_parity
 from sparkir.deploy.runtime import saturates
 from sparkir.deploy.session import Session, open_session
@@ -24,6 +27,10 @@ from sparkir.quant.prepare import placement_of, prepare
 from sparkir.quant.reference import freeze
 from sparkir.quant.spec import QuantSpec
 from sparkir.quant.targets import TARGETS, TargetName
+
+
+shared_folder: Path | None = None
+"""Where processes that run tests side by side leave what they exported."""
 
 
 def images(facts: ModelFacts, *shape: int) -> Tensor:
@@ -168,7 +175,6 @@ class Deployed:
         return check_parity(self.model, self.frozen, [images(self.facts, 1, *s) for s in sizes])
 
 
-@cache
 def deploy(
     name: str,
     bits: int,
@@ -177,8 +183,6 @@ def deploy(
     grid: str = "auto",
     float_layers: tuple[str, ...] = (),
 ) -> Deployed:
-    torch.manual_seed(0)
-    network = NETWORKS[name]().eval()
     spec = QuantSpec(
         weight_bits=bits,
         activation_bits=activation_bits or bits,
@@ -187,10 +191,24 @@ def deploy(
         float_layers=float_layers,
         reduce_range=saturates(TARGETS[target].runtime),
     )
+    return _deployed(name, spec)
+
+
+@cache
+def _deployed(name: str, spec: QuantSpec) -> Deployed:
+    torch.manual_seed(0)
+    network = NETWORKS[name]().eval()
     student = prepare(network, spec)
     calibrate(student, [images(network.facts, 2, 32, 24)])
     frozen = freeze(student)
-    return Deployed(frozen=frozen, model=to_onnx(frozen))
+    if shared_folder is None:
+        return Deployed(frozen=frozen, model=to_onnx(frozen))
+    key = hashlib.sha256(f"{name} {spec}".encode()).hexdigest()
+    file = shared_folder / f"{key}.onnx"
+    with FileLock(file.with_suffix(".lock")):
+        if not file.is_file():
+            write_model(to_onnx(frozen), file)
+    return Deployed(frozen=frozen, model=onnx.load(file))
 
 
 def weights_of(model: onnx.ModelProto) -> dict[str, np.ndarray]:

@@ -32,22 +32,21 @@ ONCE = {
     "swinir": [(4, 4), (8, 8)],
 }
 """One width in ONNX Runtime and one in OpenVINO; `make test` has one of the two."""
-FIRST_IN_OPENVINO = {"bsrn", "carn-m", "fmen", "span", "nafnet", "swinir"}
+FIRST_IN_OPENVINO = {"bsrn", "fmen", "span", "nafnet", "swinir"}
 
 
 def matrix() -> list[Any]:
     """Network, bits of weights and of tensors, target.
 
-    Of NETWORKS, every width and every target once, and for RFDN all nine combinations; of the
-    others, one width in one runtime. What is left is for `make test-all`: an export takes ten
-    seconds and more. With SPARKIR_EVERY_WIDTH, for whoever changes a placement, every network has
-    every width.
+    Of NETWORKS, every width and every target once; of the others, one width in one runtime. What is
+    left is for `make test-all`: an export takes ten seconds and more. With SPARKIR_EVERY_WIDTH, for
+    whoever changes a placement, every network has every width.
     """
     cases = []
     for row, name in enumerate(NETWORKS):
         for column, width in enumerate(WIDTHS):
             for place, target in enumerate(TARGETS):
-                quick = name == "rfdn" or place == (row + column) % len(TARGETS)
+                quick = place == (row + column) % len(TARGETS)
                 cases.append(case(name, *width, target, quick=quick))
     every = "SPARKIR_EVERY_WIDTH" in os.environ
     for name, chosen in ONCE.items():
