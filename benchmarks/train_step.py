@@ -200,7 +200,7 @@ class Training:
         self.settings = loop_settings(recipe, device)
         self.device, self.folder, self.contender = device, folder, contender
         self.steps_s: defaultdict[tuple[bool, bool], list[float]] = defaultdict(list)
-        """By what the source of W does in a step: whether it takes a reward, and a lead."""
+        """By how W's source learns in a step: whether from a reward, and from images."""
         self.waited_s: list[float] = []
 
     def warm_up(self) -> None:
@@ -244,7 +244,7 @@ class Training:
         steps_s = [end - begin for begin, end in zip(began_s, ended_s, strict=True)]
         source = self.task.weighting
         for step, took_s in enumerate(steps_s, first):
-            self.steps_s[source.learns_at(step), source.wants_lead_at(step)].append(took_s)
+            self.steps_s[source.learns_at(step), source.compares_at(step)].append(took_s)
         self.waited_s += [a - b for a, b in zip(answered_s, began_s, strict=True)]
         return steps_s
 

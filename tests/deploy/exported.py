@@ -28,7 +28,6 @@ from sparkir.quant.reference import freeze
 from sparkir.quant.spec import QuantSpec
 from sparkir.quant.targets import TARGETS, TargetName
 
-
 shared_folder: Path | None = None
 """Where processes that run tests side by side leave what they exported."""
 

@@ -9,7 +9,7 @@ import torch
 from torch import nn, optim
 
 from sparkir import Spark, SparkirError
-from sparkir.distill.output import MAPS, shared_maps
+from sparkir.spark.distance import MAPS, shared_maps
 from sparkir.spark.reward import reward
 from sparkir.spark.trust import Trust
 from sparkir.spark.weighting import SparkPaper
@@ -407,7 +407,7 @@ class TestLead:
         if own:
             to_teacher, to_truth = (student - teacher).pow(4), (student - gt).pow(4)
         else:
-            to_teacher, to_truth = shared_maps(distance, student, teacher, gt)
+            to_teacher, to_truth = shared_maps(MAPS[distance], student, teacher, gt)
         expected = 10 * (weights * to_teacher + (1 - weights) * to_truth).mean()
         torch.testing.assert_close(kd, expected)
 

@@ -53,7 +53,7 @@ class TestEverySource:
     def test_only_the_policy_learns(self, name):
         source = weighting(name)
         assert any(map(source.learns_at, range(20))) == (name == "spark-paper")
-        assert any(map(source.wants_lead_at, range(20))) == (name == "spark")
+        assert any(map(source.compares_at, range(20))) == (name == "spark")
         assert bool(list(source.parameters())) == name.startswith("spark")
 
     def test_names(self):
@@ -77,7 +77,7 @@ class TestEverySource:
         with pytest.raises(NotImplementedError):
             Weighting().learn(torch.zeros(4))
         with pytest.raises(NotImplementedError):
-            Weighting().learn_lead(*images)
+            Weighting().learn_from(*images)
 
 
 def test_to_pixels_is_bilinear_between_the_centres_of_cells():
@@ -401,7 +401,7 @@ class TestSpark:
         for _ in range(200):
             quadrant = torch.randint(4, (16,))
             spark(*with_teacher(sign, quadrant))
-            spark.learn_lead(*with_teacher(sign, quadrant))
+            spark.learn_from(*with_teacher(sign, quadrant))
         quadrant = torch.arange(16) % 4
         weights = spark.eval()(*with_teacher(sign, quadrant)) / TRUST
         assert (sign * contrast(weights, quadrant)).min() > 0.5
@@ -414,7 +414,7 @@ class TestSpark:
         for _ in range(200):
             images = images_wrong_in(torch.randint(4, (16,)))
             spark(*images)
-            spark.learn_lead(*images)
+            spark.learn_from(*images)
         weights = spark.eval()(*images_wrong_in(torch.arange(16) % 4)) / TRUST
         assert (weights - 1).abs().mean() < 0.15
 
@@ -424,7 +424,7 @@ class TestSpark:
         spark = Spark().train()
         for _ in range(50):
             spark(*images)
-            spark.learn_lead(*images)
+            spark.learn_from(*images)
         weights = spark.eval()(*images) / TRUST
         assert (weights - 1).abs().max() < 0.02
 
@@ -432,14 +432,14 @@ class TestSpark:
         spark = Spark().train()
         same = images[0], images[0], images[2]
         spark(*same)
-        log = spark.learn_lead(*same)
+        log = spark.learn_from(*same)
         assert all(math.isfinite(value) for value in log.values())
         assert (spark.eval()(*same) == 1).all()
 
     def test_what_is_logged(self, images):
         spark = Spark().train()
         spark(*images)
-        told = spark.learn_lead(*images)
+        told = spark.learn_from(*images)
         assert told["trust"] == spark.trust.value.item() < 1
         assert told["correlation"] == spark.trust.correlation.item()
 
@@ -452,7 +452,7 @@ class TestSpark:
         expected = copy.deepcopy(spark.policy)
         spark(*images)
         features = spark._features
-        log = spark.learn_lead(*images)
+        log = spark.learn_from(*images)
         right = rightness(*images).flatten(1)
         wish = 1.5 * torch.tanh(expected(features)[0] / 1.5)
         weights = torch.softmax(wish.flatten(1), 1) * 64
@@ -467,14 +467,14 @@ class TestSpark:
     def test_a_batch_of_one_is_enough(self, images):
         spark, one = Spark().train(), [image[:1] for image in images]
         spark(*one)
-        assert all(math.isfinite(value) for value in spark.learn_lead(*one).values())
+        assert all(math.isfinite(value) for value in spark.learn_from(*one).values())
 
     def test_state_dict_round_trip_goes_on_identically(self, images):
         def advance(spark, steps):
             for _ in range(steps):
                 shown = [image + 0.01 * torch.randn_like(image) for image in images]
                 spark(*shown)
-                spark.learn_lead(*shown)
+                spark.learn_from(*shown)
 
         original, restored = Spark().train(), Spark().train()
         advance(original, 5)

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from sparkir.distill.features import at_one_size
 from sparkir.distill.method import FeatureMethod, Seen, Term
-from sparkir.distill.output import l1_map
+from sparkir.spark.distance import l1_map
 
 _EPSILON = 1e-6
 

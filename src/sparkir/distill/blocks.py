@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from sparkir.distill.method import FeatureMethod, Seen, Setting, Term
-from sparkir.distill.output import mse_map
 from sparkir.errors import SparkirError
 from sparkir.models.facts import facts_of
+from sparkir.spark.distance import mse_map
 
 
 class Blocks(FeatureMethod):

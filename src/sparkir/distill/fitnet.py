@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from sparkir.distill.features import at_one_size
 from sparkir.distill.method import FeatureMethod, Seen, Setting, Term
-from sparkir.distill.output import l1_map
 from sparkir.distill.projection import projections
+from sparkir.spark.distance import l1_map
 
 
 class FitNet(FeatureMethod):

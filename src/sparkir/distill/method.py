@@ -13,10 +13,10 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from sparkir.distill.features import observe, paired_taps
-from sparkir.distill.output import Norm
 from sparkir.errors import SparkirError
 from sparkir.models.facts import facts_of
 from sparkir.models.modes import device_of, evaluating
+from sparkir.spark.distance import Norm
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from sparkir.distill.features import at_one_size
 from sparkir.distill.method import FeatureMethod, Seen, Setting, Term
-from sparkir.distill.output import mse_map
+from sparkir.spark.distance import mse_map
 
 
 def structure(feature: Float[Tensor, "b c h w"]) -> Float[Tensor, "b 1 h w"]:

@@ -15,9 +15,9 @@ from torch import Tensor
 
 from sparkir.distill.features import at_one_size, observe
 from sparkir.distill.method import FeatureMethod, Seen, Setting, Term
-from sparkir.distill.output import l1_map
 from sparkir.distill.projection import projections
 from sparkir.models.facts import facts_of
+from sparkir.spark.distance import l1_map
 
 _WINDOW_PX, _SIGMA_PX = 7, 7 / 6
 """Of the local statistics, as in BRISQUE and PIQE."""

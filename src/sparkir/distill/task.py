@@ -13,8 +13,8 @@ from torch import Tensor, nn
 from sparkir.distill.features import observe
 from sparkir.distill.kd import KD
 from sparkir.distill.method import Method, Seen, Term
-from sparkir.distill.output import MAPS, Norm, l1_map, shared_maps
 from sparkir.models.facts import as_seen, facts_of, restore
+from sparkir.spark.distance import MAPS, Norm, l1_map, shared_maps
 from sparkir.spark.weighting import Constant, Weighting
 
 
@@ -207,7 +207,7 @@ class DistillationTask(nn.Module):
         if self.strength == 0:
             return ()
         if self.target == "both":
-            maps = shared_maps(self.norm, seen.output, seen.teacher_output, seen.gt)
+            maps = shared_maps(MAPS[self.norm], seen.output, seen.teacher_output, seen.gt)
             return (
                 Term(name="output", distance=maps[0], factor=self.strength),
                 Term(name="truth", distance=maps[1], factor=self.strength, of_the_rest=True),

@@ -15,10 +15,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn, optim
 
+from sparkir.spark.distance import Distance
 from sparkir.spark.reward import undone
-
-Distance = Callable[[Tensor, Tensor], Tensor]
-"""(student, teacher) -> a map of distances, location by location."""
 
 _SHARE_OF_ERROR = 0.1
 

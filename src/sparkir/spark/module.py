@@ -14,33 +14,18 @@ from torch import Tensor, nn, optim
 from sparkir.errors import SparkirError, did_you_mean
 from sparkir.spark import replicas
 from sparkir.spark.counterfactual import (
-    Distance,
     Outputs,
     Seen,
     steps_of_the_output,
     steps_of_the_student,
     weighted,
 )
+from sparkir.spark.distance import MAPS, Distance, shared_maps
 from sparkir.spark.reward import reward
 from sparkir.spark.weighting import Weighting, weighting, weightings
 
-_SMALLEST_GAP = 1e-6
 _SEEDS_PER_RANK = 1 << 32
 
-
-def _matched(student: Tensor, teacher: Tensor) -> Tensor:
-    return (student - teacher).square() / (2 * _gap(student, teacher))
-
-
-def _gap(student: Tensor, other: Tensor) -> Tensor:
-    return (student - other).detach().abs().mean().clamp_min(_SMALLEST_GAP)
-
-
-_DISTANCES: dict[str, Distance] = {
-    "l1": lambda student, teacher: (student - teacher).abs(),
-    "mse": lambda student, teacher: (student - teacher).square(),
-    "matched": _matched,  # a squared error that pulls as hard as an L1
-}
 _STRENGTHS = {"spark": 10.0}
 """Of a preset whose weights leave a rest, which goes to the truth; of all others 1."""
 
@@ -160,12 +145,9 @@ class Spark(nn.Module):
         self, weights: Tensor, student: Tensor, teacher: Tensor, truth: Tensor
     ) -> Tensor:
         """mean(W * distance), and with `spark` of the truth with what W leaves."""
-        to_teacher = self.distance(student, teacher)
         if not self.pulls_to_truth:
-            return weighted(weights, to_teacher)
-        to_truth = self.distance(student, truth)
-        if self.distance is _matched:  # in one unit, so that W mixes what the two say
-            to_teacher = to_teacher * (_gap(student, teacher) / _gap(student, truth))
+            return weighted(weights, self.distance(student, teacher))
+        to_teacher, to_truth = shared_maps(self.distance, student, teacher, truth)
         return weighted(weights, to_teacher) + weighted(1 - weights, to_truth)
 
     def learn(
@@ -206,7 +188,7 @@ class Spark(nn.Module):
         Raises:
             SparkirError: called in the wrong place, or the training has diverged.
         """
-        due, by_lead = self._is_due(), self.weighting.wants_lead_at(self._steps)
+        due, compares = self._is_due(), self.weighting.compares_at(self._steps)
         self._steps += 1
         seen, self._seen = self._seen, None
         if not due:
@@ -214,8 +196,8 @@ class Spark(nn.Module):
         if seen is None:
             raise SparkirError("spark.learn has nothing to learn from; call spark.weigh before it")
         source = self.weighting
-        if by_lead:
-            learn = partial(source.learn_lead, seen.student, seen.teacher, seen.target)
+        if compares:
+            learn = partial(source.learn_from, seen.student, seen.teacher, seen.target)
             return self._learn(learn, seen.student, "student's output")
         if optimizer is None:
             return self._improve(steps_of_the_output(seen, self.distance), seen)
@@ -258,7 +240,7 @@ class Spark(nn.Module):
 
     def _is_due(self) -> bool:
         source, step = self.weighting, self._steps
-        return self.training and (source.learns_at(step) or source.wants_lead_at(step))
+        return self.training and (source.learns_at(step) or source.compares_at(step))
 
     def _remember_factor(self, gradient: Tensor) -> None:
         """What the loss was multiplied by on its way: accumulation, gradient scaling."""
@@ -305,9 +287,9 @@ def _source(preset: str, options: dict[str, int | float]) -> Weighting:
 def _chosen_distance(distance: str | Distance) -> Distance:
     if callable(distance):
         return distance
-    if distance not in _DISTANCES:
-        raise SparkirError(f"no distance {distance!r}; known: {', '.join(_DISTANCES)}")
-    return _DISTANCES[distance]
+    if distance not in MAPS:
+        raise SparkirError(f"no distance {distance!r}; known: {', '.join(MAPS)}")
+    return MAPS[distance]
 
 
 def _finite(optimizer: optim.Optimizer) -> bool:

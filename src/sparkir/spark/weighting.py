@@ -62,17 +62,17 @@ class Weighting(nn.Module):
         """Improve with the reward of the last map; returns what to log."""
         raise NotImplementedError
 
-    def wants_lead_at(self, step: int) -> bool:
-        """Whether `learn_lead` wants the images that the map of `step` was made of."""
+    def compares_at(self, step: int) -> bool:
+        """Whether the source learns at `step` by comparing the images that its map was made of."""
         return False
 
-    def learn_lead(
+    def learn_from(
         self,
         student: Float[Tensor, "b c h w"],
         teacher: Float[Tensor, "b c h w"],
         target: Float[Tensor, "b c h w"],
     ) -> dict[str, float]:
-        """Improve with the images themselves; returns what to log."""
+        """Improve by comparing these images, those of the last map; returns what to log."""
         raise NotImplementedError
 
 
@@ -278,17 +278,17 @@ class Spark(Weighting):
             weights = (self.trust.value * self._allocation(features).exp()).clamp(max=1)
         return to_pixels(weights, (student.shape[-2], student.shape[-1]))
 
-    def wants_lead_at(self, step: int) -> bool:
+    def compares_at(self, step: int) -> bool:
         """Every `reward_every`-th step."""
         return step % self.reward_every == 0
 
-    def learn_lead(self, student: Tensor, teacher: Tensor, target: Tensor) -> dict[str, float]:
+    def learn_from(self, student: Tensor, teacher: Tensor, target: Tensor) -> dict[str, float]:
         """One step of the policy, the same in every process that shares the batch.
 
         Up the gradient of mean(W * rightness) + entropy_bonus * entropy(W), with the rightness of a
         cell beyond its image's, in deviations.
         """
-        assert self._features is not None, "learn_lead follows a forward in training"
+        assert self._features is not None, "learn_from follows a forward in training"
         right = rightness(student, teacher, target, grid=self.grid)
         trust = {"trust": float(self.trust.value), "correlation": float(self.trust.correlation)}
         return trust | self._learn_where(of_all(right))

@@ -111,8 +111,8 @@ def train(
             losses = step_losses(lq, gt, *teacher)
         loss, gt = losses.total(), losses.gt  # as the student restores it
 
-        if weighting.wants_lead_at(step) and losses.teacher is not None:
-            told = weighting.learn_lead(losses.output.detach(), losses.teacher, gt)
+        if weighting.compares_at(step) and losses.teacher is not None:
+            told = weighting.learn_from(losses.output.detach(), losses.teacher, gt)
             report({"kind": "policy", "step": step} | told)
         learning = weighting.learns_at(step) and losses.weights is not None
         if learning:  # the same step without spatial allocation, taken and undone

@@ -9,6 +9,9 @@ from jaxtyping import Float
 from torch import Tensor
 
 Norm = Literal["l1", "mse", "matched"]
+Distance = Callable[[Tensor, Tensor], Tensor]
+"""(student, other image) -> a map of distances, location by location."""
+
 _SMALLEST_GAP = 1e-6
 
 
@@ -38,7 +41,7 @@ def matched_map(
     return mse_map(student, target) / (2 * _gap(student, target))
 
 
-MAPS: dict[Norm, Callable[[Tensor, Tensor], Tensor]] = {
+MAPS: dict[str, Distance] = {
     "l1": l1_map,
     "mse": mse_map,
     "matched": matched_map,
@@ -46,7 +49,7 @@ MAPS: dict[Norm, Callable[[Tensor, Tensor], Tensor]] = {
 
 
 def shared_maps(
-    norm: Norm,
+    distance: Distance,
     student: Float[Tensor, "b c h w"],
     teacher: Float[Tensor, "b c h w"],
     truth: Float[Tensor, "b c h w"],
@@ -56,8 +59,8 @@ def shared_maps(
     `matched` has its gap to the truth for both: with gaps of their own, a teacher that is nearer
     would count for more than its weight.
     """
-    if norm != "matched":
-        return MAPS[norm](student, teacher), MAPS[norm](student, truth)
+    if distance is not matched_map:
+        return distance(student, teacher), distance(student, truth)
     unit = 2 * _gap(student, truth)
     return mse_map(student, teacher) / unit, mse_map(student, truth) / unit
 

@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from sparkir.distill.output import MAPS, l1_map, matched_map, mse_map
+from sparkir.spark.distance import MAPS, l1_map, matched_map, mse_map
 
 
 def test_by_hand():
