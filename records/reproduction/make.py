@@ -38,7 +38,7 @@ ONE_SEED = (
 )
 ALL = "fakd,dckd,slkd," + CONTROLS
 BASELINES = (
-    *("truth", "truth:spark", "kd", "kd-mse@1"),
+    *("truth", "truth:spark", "kd", "kd-mse@1", "kd-matched@10"),
     *("constant:spark-paper", "random:spark-paper", "float"),
 )
 FEW = "degraded,teacher,ptq,qat,truth,kd-matched,spark-paper,spark"
@@ -46,6 +46,7 @@ NOISE = (
     "degraded,teacher,float,ptq,qat,truth,kd,kd-matched,kd-matched@10,"
     "constant:spark-paper,spark-paper,truth:spark,constant:spark,spark"
 )
+TODAY = "degraded,teacher,ptq,qat,kd-matched,kd-matched@10,truth:spark,constant:spark,spark"
 SCORED = "degraded,teacher,float,ptq,qat,kd-matched,spark-paper,spark"
 IMITATION = "degraded,teacher,float,ptq,qat,kd,kd@20,kd-matched@20"
 
@@ -100,7 +101,7 @@ REAL_NOISE = Run(
     ),
 )
 W2A2 = ("quant.weight_bits=2", "quant.activation_bits=2")
-RUNS = {
+RUNS: dict[str, Run] = {
     "lol-dncnn": Run(
         "twin-mirnet-dncnn-lol",
         PAPER,
@@ -170,6 +171,14 @@ RUNS = {
         before=(("float-twin-srcnn-x2", *PAIRS, "train.steps=4000"),),
     ),
 }
+for first, more_tests in {
+    "rfdn-x4-w4a4": ("Urban20={data}/test/Urban20/HR",),
+    "rfdn-x4-w8a8": (),
+    "rfdn-x4-w2a2": (),
+    "lol-dncnn": (),
+    "lol-mirnet": (),
+}.items():
+    RUNS[f"{first}-spark"] = replace(RUNS[first], methods=TODAY, seeds=2, more_tests=more_tests)
 
 
 def sparkir(*arguments: str | Path) -> None:

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any, Literal, cast
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 
 from sparkir.data.catalog import CATALOG
 from sparkir.data.degrade import BicubicDownscale, Degradation, GaussianNoise, JpegCompression
@@ -35,6 +35,7 @@ from sparkir.models.facts import as_seen, facts_of, smallest_px
 from sparkir.models.registry import build
 from sparkir.models.spandrel import SPANDREL, recognised
 from sparkir.quant.calibrate import calibrate
+from sparkir.quant.equalize import equalize
 from sparkir.quant.prepare import prepare
 from sparkir.quant.spec import QuantSpec
 from sparkir.recipe import Data, Network, Recipe, WeightingChoice, from_values, shipped
@@ -42,6 +43,7 @@ from sparkir.spark.weighting import Weighting, weighting
 
 Report = Callable[[dict[str, Any]], None]
 _CALIBRATION_SEED = 7_919
+_EQUALIZED_BATCHES = 3
 _TRIAL_PX = 24
 _OF_A_RUN = re.compile(r"runs/([\w-]+)/student\.safetensors")
 
@@ -193,7 +195,9 @@ def quantize_student(student: nn.Module, spec: QuantSpec, crops: list[Tensor]) -
 def calibrate_student(prepared: nn.Module, spec: QuantSpec, crops: list[Tensor]) -> None:
     """Set the grids of a prepared student, as it is now, by `crops` (B, C, H, W) in [0, 1]."""
     device, facts = device_of(prepared), facts_of(prepared)
-    seen = (as_seen(crop.to(device), facts) * facts.value_range for crop in crops)
+    seen = [as_seen(crop.to(device), facts) * facts.value_range for crop in crops]
+    if spec.equalize:
+        equalize(cast("fx.GraphModule", prepared), seen[:_EQUALIZED_BATCHES])
     calibrate(prepared, seen, method=spec.calibration)
 
 

@@ -47,7 +47,9 @@ def _keep(
     found: dict[str, Tensor], tap: str, module: nn.Module, inputs: object, output: object
 ) -> None:
     """A forward hook; a quantized network's values are brought back from their grids."""
-    found[tap] = real_values(cast("Value", output))
+    values = real_values(cast("Value", output))
+    factor = getattr(module, "factor", None)  # of channels that were scaled
+    found[tap] = values if factor is None else values / factor
 
 
 def _tapped(network: nn.Module, tap: str) -> nn.Module:

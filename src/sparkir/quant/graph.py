@@ -130,6 +130,14 @@ REASONS: dict[Any, str] = {
 class Tap(nn.Identity):
     """Marks where a composite submodule ended, so that its output can still be hooked."""
 
+    factor: Tensor | None
+    """(C, 1, 1), by which channels were scaled (`equalize`); whoever looks has to divide."""
+
+    def __init__(self) -> None:
+        """Nothing scaled."""
+        super().__init__()
+        self.register_buffer("factor", None, persistent=False)
+
 
 class _Tracer(fx.Tracer):
     """Symbolic tracing that leaves a `Tap` where each tapped submodule returned.

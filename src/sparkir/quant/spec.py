@@ -47,6 +47,9 @@ class QuantSpec:
     """How steps are trained: LSQ (Esser 2020), a clip bound as in PAMS (Li 2020), or not at all."""
     calibration: Literal["mse", "percentile", "minmax"] = "mse"
     """How ranges start: least squared error, the 99.9th percentile, or the extremes."""
+    equalize: bool = False
+    """Scale the channels of a student that starts trained so that rounding costs its output least
+    (`quant.equalize`). It computes the same before rounding, and its graph stays as it is."""
     target: TargetName = "onnxruntime"
     """Where the network will run; see `targets`."""
 

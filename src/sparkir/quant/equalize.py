@@ -1,0 +1,247 @@
+"""Factors for channels with which rounding costs the output least.
+
+A tensor has one grid, and its widest channel decides the step of all. A channel may be multiplied
+where it is made and divided where it is read (`channels`), which changes nothing but how much of
+its grid it fills. Nagel et al. (ICCV 2019, arXiv 1906.04721) make pairs of layers alike; here all
+channels of any graph are chosen together, for the least noise that is to be expected in the output:
+
+    sum over tensors and channels c   (range of the grid / levels)^2 / 12   * G_c / f_c^2
+    + sum over weights o, i           (range of row o / levels)^2 / 12      * G_oi * f_i^2
+
+with the factors f, ranges of what is stored, and G the squared gradient of the output by what
+is rounded, which one backward pass with random signs measures.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, fx
+from torch.nn.utils.rnn import pad_sequence
+
+from sparkir.quant.calibrate import leave_in_float
+from sparkir.quant.channels import FIXED, ChannelReader
+from sparkir.quant.graph import Tap
+from sparkir.quant.layers import QuantConv2d
+from sparkir.quant.quantizer import ActivationQuantizer
+
+_ROUNDS, _RATE = 300, 0.1
+_TO_ONE = 0.2
+"""What a squared logarithm of a factor costs, in noise: the rest of the choice is free."""
+
+
+class NoiseShare(NamedTuple):
+    """Expected squared error of the output, in squares of the network's white level."""
+
+    tensors: float
+    weights: float
+
+
+def equalize(student: fx.GraphModule, batches: Iterable[Tensor]) -> tuple[NoiseShare, NoiseShare]:
+    """Scale the channels of a prepared network, which computes the same, for its coming grids.
+
+    Args:
+        student: what `prepare` returned, its grids not yet fitted or to be fitted again.
+        batches: images (B, C, H, W) in the network's value range.
+
+    Returns:
+        What rounding is expected to cost the output with factors of 1, and with those chosen.
+    """
+    mode = student.training
+    leave_in_float(student, on=True)
+    try:
+        noise = _Noise(student.eval(), batches)
+    finally:
+        leave_in_float(student, on=False)
+        student.train(mode)
+    factors = noise.least()
+    noise.scale(factors)
+    return noise.share(torch.ones_like(factors)), noise.share(factors)
+
+
+@dataclass
+class _Tensor:
+    """What was seen of one tensor in front of its grid."""
+
+    channels: list[int]
+    low: Tensor
+    high: Tensor
+    squared_gradient: Tensor | float = 0.0
+
+
+@dataclass
+class _Convolution:
+    """A convolution's weights (O, I / groups, h, w), and the classes of its channels."""
+
+    layer: QuantConv2d
+    made: Tensor
+    """(O,)"""
+    read: Tensor
+    """(O, I / groups), or (1, I) where there are no groups"""
+    sizes: Tensor = field(init=False)
+    """(O, I / groups), the largest weight of each kernel."""
+    costs: Tensor = field(init=False)
+    """(O, I / groups), noise of the output for a row's range of 1."""
+
+
+class _Observer(ChannelReader):
+    """Also keeps ranges in front of grids, and lets gradients be asked for there."""
+
+    def __init__(self, student: fx.GraphModule) -> None:
+        super().__init__(student)
+        self.tensors: dict[fx.Node, _Tensor] = {}
+
+    def run_node(self, n: fx.Node) -> Any:  # noqa: ANN401 - torch's own signature
+        """Run it; a grid's node gives a copy that has a gradient of its own."""
+        result = super().run_node(n)
+        grid = self.module_of(n)
+        if not isinstance(grid, ActivationQuantizer) or grid.image_step or result.dim() != 4:
+            return result
+        self._note(n, result.detach())
+        copy = result.clone()
+        if copy.requires_grad:
+            copy.register_hook(lambda gradient: self._note_gradient(n, gradient))
+        return copy
+
+    def _note(self, node: fx.Node, x: Tensor) -> None:
+        low, high = x.amin((0, 2, 3)).clamp_max(0), x.amax((0, 2, 3)).clamp_min(0)
+        seen = self.tensors.setdefault(node, _Tensor(self.channels[node], low, high))
+        seen.low, seen.high = seen.low.minimum(low), seen.high.maximum(high)
+
+    def _note_gradient(self, node: fx.Node, gradient: Tensor) -> None:
+        self.tensors[node].squared_gradient += gradient.double().square().sum((0, 2, 3))
+
+
+class _Noise:
+    """What rounding costs the output, as a function of the factors."""
+
+    def __init__(self, student: fx.GraphModule, batches: Iterable[Tensor]) -> None:
+        reader, draw = _Observer(student), torch.Generator().manual_seed(0)
+        kept = {parameter: parameter.grad for parameter in student.parameters()}
+        student.zero_grad()
+        count = 0
+        with torch.enable_grad():
+            for count, batch in enumerate(batches, 1):  # noqa: B007 - how many there were
+                output = reader.run(batch)
+                signs = torch.randint(2, output.shape, generator=draw).to(output) * 2 - 1
+                (output * signs).sum().div(output.numel() ** 0.5).backward()
+        self.student, self.classes = student, reader.classes
+        self.taps = {
+            module: self._classes_of(channels)
+            for node, channels in reader.channels.items()
+            if isinstance(module := reader.module_of(node), Tap)
+        }
+        self._take_tensors(reader, count)
+        self._take_convolutions(reader, count)
+        for parameter, gradient in kept.items():
+            parameter.grad = gradient
+
+    def _take_tensors(self, reader: _Observer, batches: int) -> None:
+        grids: dict[str, list[_Tensor]] = {}
+        for node, one in reader.tensors.items():
+            if isinstance(one.squared_gradient, Tensor):
+                grids.setdefault(str(node.target), []).append(one)
+
+        def rows(values: list[list[Tensor]]) -> Tensor:
+            return pad_sequence([torch.cat(row) for row in values], batch_first=True)
+
+        def of_classes(one: _Tensor) -> Tensor:
+            return torch.tensor([self.classes.of(channel) for channel in one.channels])
+
+        found = list(grids.values())
+        levels = [self._quantizer(reader, name).levels - 1 for name in grids]
+        per_step = 12 * torch.tensor(levels, dtype=torch.float64)[:, None].square() * batches
+        self.of = rows([[of_classes(one) for one in row] for row in found])
+        self.low = rows([[one.low.double().cpu() for one in row] for row in found])
+        self.high = rows([[one.high.double().cpu() for one in row] for row in found])
+        gradients = [[torch.as_tensor(one.squared_gradient).cpu() for one in row] for row in found]
+        self.costs = rows(gradients) / per_step
+        symmetric = [self._quantizer(reader, name).symmetric for name in grids]
+        self.symmetric = torch.tensor(symmetric)
+
+    @staticmethod
+    def _quantizer(reader: _Observer, name: str) -> ActivationQuantizer:
+        found = reader.module.get_submodule(name)
+        assert isinstance(found, ActivationQuantizer)
+        return found
+
+    def _take_convolutions(self, reader: _Observer, batches: int) -> None:
+        self.convolutions = []
+        for node, made in reader.channels.items():
+            layer = reader.module_of(node)
+            if not isinstance(layer, QuantConv2d) or layer.weight.grad is None:
+                continue
+            outputs, inputs = layer.weight.shape[:2]
+            read = self._classes_of(reader.channels[node.all_input_nodes[0]])
+            if layer.phases is not None or read.numel() != layer.groups * inputs:
+                continue  # all its channels are fixed
+            read = read.view(layer.groups, inputs)
+            if layer.groups > 1:
+                read = read.repeat_interleave(outputs // layer.groups, 0)
+            one = _Convolution(layer, self._classes_of(made), read)
+            steps = (2**layer.weight_quantizer.bits - 1) ** 2 * 12 * batches
+            one.sizes = layer.real_weight().detach().double().cpu().flatten(2).abs().amax(2)
+            gradient = layer.weight.grad.double().cpu().flatten(2)
+            one.costs = gradient.square().sum(2) / steps
+            self.convolutions.append(one)
+
+    def _classes_of(self, channels: Iterable[int]) -> Tensor:
+        return torch.tensor([self.classes.of(channel) for channel in channels])
+
+    def of_tensors(self, factors: Tensor) -> Tensor:
+        """The part of tensors."""
+        scaled = factors[self.of]
+        low, high = (scaled * self.low).amin(1), (scaled * self.high).amax(1)
+        middle = 2 * torch.maximum(-low, high)
+        width = torch.where(self.symmetric & (low < 0), middle, high - low)
+        return (width[:, None].square() * self.costs / scaled.square()).sum()
+
+    def of_weights(self, factors: Tensor) -> Tensor:
+        """The part of weights."""
+        total = factors.new_zeros(())
+        for one in self.convolutions:
+            read = factors[one.read]
+            width = 2 * (one.sizes / read).amax(1, keepdim=True)
+            total = total + (width.square() * read.square() * one.costs).sum()
+        return total
+
+    def least(self) -> Tensor:
+        """The factor of every class with which the sum is least."""
+        logarithms = torch.zeros(len(self.classes), dtype=torch.float64, requires_grad=True)
+        moves = torch.ones_like(logarithms)
+        moves[FIXED] = 0
+        if sum(self.share(moves.exp())) == 0:  # an output that depends on nothing
+            return torch.ones_like(moves)
+        optimizer = torch.optim.Adam([logarithms], lr=_RATE)
+        slower = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, _ROUNDS)
+        with torch.enable_grad():
+            for _ in range(_ROUNDS):
+                factors = (logarithms * moves).exp()
+                noise = self.of_tensors(factors) + self.of_weights(factors)
+                loss = noise.log() + _TO_ONE * logarithms.square().mean()
+                optimizer.zero_grad()
+                loss.backward()
+                optimizer.step()
+                slower.step()
+        return (logarithms.detach() * moves).exp()
+
+    @torch.no_grad()
+    def scale(self, factors: Tensor) -> None:
+        """Put the factors into the weights."""
+        for one in self.convolutions:
+            weight, bias = one.layer.weight, one.layer.bias
+            by = factors[one.made][:, None] / factors[one.read]
+            weight.mul_(by[..., None, None].to(weight))
+            if bias is not None:
+                bias.mul_(factors[one.made].to(bias))
+        like = next(iter(self.student.parameters()))
+        for tap, classes in self.taps.items():
+            tap.factor = factors[classes].view(-1, 1, 1).to(like)
+
+    @torch.no_grad()
+    def share(self, factors: Tensor) -> NoiseShare:
+        """Both parts."""
+        return NoiseShare(float(self.of_tensors(factors)), float(self.of_weights(factors)))

@@ -1,0 +1,210 @@
+"""Channels are scaled so that rounding costs least, and nothing else changes."""
+
+import copy
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+from toys import CASES, WIDTH, Toy, convolution, images
+
+from sparkir.distill.features import observe
+from sparkir.models.registry import build
+from sparkir.quant.calibrate import calibrate, leave_in_float
+from sparkir.quant.channels import FIXED, ChannelReader
+from sparkir.quant.equalize import equalize
+from sparkir.quant.layers import QuantConv2d
+from sparkir.quant.prepare import prepare
+from sparkir.quant.spec import QuantSpec
+from sparkir.quant.targets import TARGETS
+
+PUBLISHED = {
+    "edsr": {"width": 8, "blocks": 2, "scale": 2},
+    "rfdn": {"width": 8, "blocks": 1, "scale": 2},
+    "carn-m": {"width": 8, "scale": 2},
+    "imdn": {"width": 8, "blocks": 1, "scale": 2},
+    "fmen": {"width": 8, "blocks": 1, "scale": 2},
+    "safmn": {"width": 8, "blocks": 1, "scale": 2},
+    "mirnet": {"width": 8, "groups": 1, "blocks": 1},
+    "nafnet": {"width": 8, "encoder_blocks": [1], "middle_blocks": 1, "decoder_blocks": [1]},
+    "swinir": {"width": 8, "depths": [2], "heads": 2},
+}
+
+
+class Uneven(Toy):
+    """Channels that differ a hundredfold, and the same network without that."""
+
+    def __init__(self, spread: float = 2.0) -> None:
+        super().__init__()
+        factors = torch.logspace(-spread / 2, spread / 2, WIDTH)
+        with torch.no_grad():
+            self.head.weight.mul_(factors.view(-1, 1, 1, 1))
+            self.head.bias.mul_(factors)
+            self.middle.weight.div_(factors.view(1, -1, 1, 1))
+
+    def body(self, x):
+        return self.middle(F.leaky_relu(x, 0.1))
+
+
+class Routes(Toy):
+    """One of each: a gate, a residual sum, a shuffle, a part that two layers own."""
+
+    def __init__(self) -> None:
+        super().__init__(tail_inputs=WIDTH // 4 + WIDTH)
+        self.gate = convolution(WIDTH, WIDTH, 1)
+        self.one, self.other = convolution(WIDTH, WIDTH), convolution(WIDTH, WIDTH)
+        self.other.weight = self.one.weight
+
+    def body(self, x):
+        gate = torch.sigmoid(self.gate(x))
+        gated = x * gate
+        summed = self.middle(gated) + gated
+        small = F.pixel_unshuffle(F.pixel_shuffle(summed, 2)[:, :, ::2, ::2], 1)
+        return torch.cat([small, self.other(self.one(gate))], 1)
+
+
+def prepared(network: nn.Module, **spec: object):
+    torch.manual_seed(1)
+    return prepare(network, QuantSpec(**{"weight_bits": 4, "activation_bits": 4} | spec)).eval()
+
+
+@torch.no_grad()
+def in_float(student, x):
+    leave_in_float(student, on=True)
+    output = student(x)
+    leave_in_float(student, on=False)
+    return output
+
+
+def squared_error(network: nn.Module, *, first: bool, x, **spec) -> float:
+    student = prepared(network, **spec)
+    if first:
+        equalize(student, [x])
+    calibrate(student, [x], method="minmax")
+    with torch.no_grad():
+        return F.mse_loss(student(x), network.eval()(x)).item()
+
+
+def classes_of(student, x):
+    """Numbers of the channels of every tensor, by the name of its node."""
+    leave_in_float(student, on=True)
+    reader = ChannelReader(student)
+    reader.run(x)
+    return {
+        str(n.target if n.op == "call_module" else n.name): list(map(reader.classes.of, channels))
+        for n, channels in reader.channels.items()
+    }
+
+
+@pytest.mark.parametrize(
+    ("name", "target"),
+    [(name, "onnxruntime") for name in PUBLISHED] + [("rfdn", target) for target in TARGETS],
+)
+def test_every_network_computes_the_same(name, target):
+    torch.manual_seed(0)
+    network = build(name, **PUBLISHED[name]).eval()
+    x = torch.rand(2, network.facts.channels, 32, 32) * network.facts.value_range
+    student = prepared(network, target=target)
+    weights = [m.weight.detach().clone() for m in student.modules() if isinstance(m, QuantConv2d)]
+    before, after = equalize(student, [x])
+    torch.testing.assert_close(
+        in_float(student, x), network(x), rtol=1e-4, atol=1e-5 * network.facts.value_range
+    )
+    assert sum(after) <= sum(before) * 1.0001
+    layers = [m.weight for m in student.modules() if isinstance(m, QuantConv2d)]
+    changed = [not torch.equal(a, b) for a, b in zip(weights, layers, strict=True)]
+    # Everything in the other two ends at a normalisation, a product or a linear layer.
+    assert any(changed) == (name not in ("nafnet", "swinir"))
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_every_construction_computes_the_same(case):
+    network = CASES[case].network().eval()
+    x = images(network)
+    student = prepared(network)
+    equalize(student, [x])
+    torch.testing.assert_close(in_float(student, x), network(x), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize(("bits", "least"), [(8, 8), (4, 4)])
+def test_channels_of_unlike_ranges_cost_what_like_ones_cost(bits, least):
+    torch.manual_seed(0)
+    network = Uneven().eval()
+    x = torch.rand(4, 3, 32, 32)
+    words = {"x": x, "weight_bits": bits, "activation_bits": bits, "first_last_bits": bits}
+    as_it_is = squared_error(network, first=False, **words)
+    equalized = squared_error(network, first=True, **words)
+    assert equalized < as_it_is / least
+    torch.manual_seed(0)
+    even = squared_error(Uneven(spread=0.0).eval(), first=False, **words)
+    assert equalized < 1.5 * even
+
+
+def test_the_expected_noise_is_the_noise():
+    """To a factor: errors are taken to be even over a step, and not to meet each other."""
+    torch.manual_seed(0)
+    network, x = Uneven().eval(), torch.rand(4, 3, 32, 32)
+    student = prepared(network, weight_bits=8, activation_bits=8)
+    exact = network(x).detach()
+    before, _ = equalize(copy.deepcopy(student), [x])
+    calibrate(student, [x], method="minmax")
+    of_the_image = (1 / 255) ** 2 / 12  # whose grid it does not count
+    with torch.no_grad():
+        found = F.mse_loss(student(x), exact).item() - of_the_image
+    assert 0.3 < found / sum(before) < 3
+
+
+def test_which_channels_share_a_factor():
+    torch.manual_seed(0)
+    network = Routes().eval()
+    found = classes_of(prepared(network), torch.rand(1, 3, 16, 16))
+    assert FIXED not in found["head"]
+    assert set(found["gate"]) == {FIXED}  # a sigmoid comes next
+    assert found["one"] == found["other"] == [FIXED] * WIDTH  # one weight, two layers
+    # A gate multiplies; the sum ties both its sides, the shuffle four channels to each other.
+    assert found["middle"] == found["head"]
+    assert [found["head"].count(c) for c in dict.fromkeys(found["head"])] == [4, 4]
+
+
+def test_channels_of_a_group_are_read_by_it_alone():
+    torch.manual_seed(0)
+    network = build("carn-m", width=8, scale=2).eval()
+    x = torch.rand(2, 3, 24, 24)
+    student = prepared(network)
+    assert any(m.groups > 1 for m in student.modules() if isinstance(m, QuantConv2d))
+    equalize(student, [x])
+    torch.testing.assert_close(in_float(student, x), network(x), rtol=1e-4, atol=1e-4)
+
+
+def test_it_leaves_no_trace_but_the_weights():
+    torch.manual_seed(0)
+    network, x = build("rfdn", width=8, blocks=1, scale=2), torch.rand(2, 3, 24, 24) * 255
+    student = prepared(network).train()
+    marked = next(student.parameters())
+    marked.grad = torch.ones_like(marked)
+    state = torch.get_rng_state()
+    again = copy.deepcopy(student)
+    equalize(student, [x])
+    assert torch.equal(torch.get_rng_state(), state)
+    assert student.training
+    assert all(p.grad is None for p in student.parameters() if p is not marked)
+    assert torch.equal(marked.grad, torch.ones_like(marked))
+    with torch.no_grad():
+        equalize(again, [x])
+    for name, value in student.state_dict().items():
+        assert torch.equal(value, again.state_dict()[name]), name
+    assert not any(name.startswith("taps") for name in student.state_dict())
+
+
+def test_who_looks_at_features_sees_those_of_the_network():
+    torch.manual_seed(0)
+    network, x = build("rfdn", width=8, blocks=1, scale=2).eval(), torch.rand(2, 3, 24, 24)
+    student = prepared(network)
+    equalize(student, [x * 255])
+    leave_in_float(student, on=True)
+    taps = network.facts.taps
+    _, expected = observe(network, taps, x)
+    _, found = observe(student, taps, x)
+    assert len(found) == len(taps) > 0
+    for one, other in zip(found, expected, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-5)
