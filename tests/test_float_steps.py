@@ -93,6 +93,7 @@ def test_fresh_students_without_it_are_warned_of(project):
 @pytest.mark.parametrize(
     ("changes", "words"),
     [
+        ({"quant.equalize": True}, "quant.equalize is for a student that starts trained"),
         ({"train.float_steps": 12}, "train.float_steps must be fewer than train.steps"),
         ({"train.float_steps": -1}, "greater than or equal to 0"),
     ],

@@ -41,6 +41,7 @@ from sparkir.report.events import read_events
 from sparkir.report.picture import Panel, compose
 from sparkir.report.table import Row
 from sparkir.run import claim, method_name, qat_only, train_student
+from sparkir.train.loop import Interrupted
 
 pytest_plugins = ["helpers"]
 
@@ -218,6 +219,30 @@ def test_a_projection_is_trained_kept_and_no_part_of_the_student(finished, proje
     assert (8, 4, 1, 1) in {tuple(m["exp_avg"].shape) for m in moments}
     nodes = to_onnx(freeze(trained.student)).graph.node
     assert len(nodes) == len(to_onnx(finished.frozen).graph.node)
+
+
+@one_order_of_sums
+def test_an_equalized_student_goes_on_where_it_stopped_and_is_exported(project):
+    """Factors are found again; features are compared without them."""
+    changes = {"distill": {"method": "fitnet", "norm": "l1"}, "quant.equalize": True}
+    written = write_recipe(project / "equalized.toml", changes | {"train.steps": 4})
+    made, whole = recipe.load(written), []
+    trained = train_student(made, gather(made), Path("whole"), report=whole.append)
+    seen: list[dict] = []
+    halves = {"folder": Path("halves"), "report": seen.append}
+
+    def after_two_steps() -> bool:
+        return any(event["kind"] == "step" and event["step"] == 2 for event in seen)
+
+    with pytest.raises(Interrupted):
+        train_student(made, gather(made), **halves, stop_requested=after_two_steps)
+    again = train_student(made, gather(made), **halves)
+    for name, value in trained.student.state_dict().items():
+        assert torch.equal(value, again.student.state_dict()[name]), name
+    losses = [[e["loss"] for e in events if e["kind"] == "step"] for events in (whole, seen)]
+    assert losses[0] == losses[1]
+    saved = call("distill", "equalized.toml", "--out", "run")
+    assert saved.code == 0, saved
 
 
 def test_the_report_says_what_a_method_looked_with(project):
