@@ -208,3 +208,19 @@ def test_who_looks_at_features_sees_those_of_the_network():
     assert len(found) == len(taps) > 0
     for one, other in zip(found, expected, strict=True):
         torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-5)
+
+
+def test_a_channel_keeps_its_number_from_image_to_image():
+    """Or factors that tensors ask for would be those of other channels than the weights get."""
+    torch.manual_seed(0)
+    network = Uneven().eval()
+    x = torch.rand(4, 3, 32, 32)
+    at_once, one_by_one = prepared(network), prepared(network)
+    equalize(at_once, [x])
+    equalize(one_by_one, list(x.split(1)))
+    for name, value in at_once.named_parameters():
+        torch.testing.assert_close(value, one_by_one.get_parameter(name), rtol=0.1, atol=1e-3)
+    even = squared_error(network, first=False, x=x)
+    calibrate(one_by_one, [x], method="minmax")
+    with torch.no_grad():
+        assert F.mse_loss(one_by_one(x), network(x)).item() < even / 2

@@ -85,6 +85,8 @@ class ChannelReader(fx.Interpreter):
     def run_node(self, n: fx.Node) -> Any:  # noqa: ANN401 - torch's own signature
         """Run it, and find out where its channels come from."""
         result = super().run_node(n)
+        if n in self.channels:  # of an image before: a channel keeps its number
+            return result
         if isinstance(result, Tensor):
             count = result.shape[1] if result.dim() > 1 else 1
             found = self._channels(n, result)
