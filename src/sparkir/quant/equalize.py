@@ -30,11 +30,11 @@ from sparkir.quant.quantizer import ActivationQuantizer
 
 _ROUNDS, _RATE = 300, 0.1
 _TO_ONE = 0.2
-"""What a squared logarithm of a factor costs, in noise: the rest of the choice is free."""
+"""What the mean squared logarithm of the factors costs, beside the logarithm of the noise."""
 
 
 class NoiseShare(NamedTuple):
-    """Expected squared error of the output, in squares of the network's white level."""
+    """Expected squared error of the output, in squares of the network's own values."""
 
     tensors: float
     weights: float
