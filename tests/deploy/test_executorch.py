@@ -106,7 +106,13 @@ def test_layers_are_exact(name, weight_bits, activation_bits):
 
 
 @pytest.mark.parametrize(
-    ("name", "bits"), [("dncnn", (8, 8)), ("edsr", (4, 4)), ("rfdn", (8, 8)), ("srcnn", (4, 8))]
+    ("name", "bits"),
+    [
+        ("dncnn", (8, 8)),
+        ("edsr", (4, 4)),
+        ("srcnn", (4, 8)),
+        pytest.param("rfdn", (8, 8), marks=pytest.mark.slow),
+    ],
 )
 def test_every_quantized_layer_runs_on_int8(name, bits):
     placement = placement_of(frozen_network(name, *bits))

@@ -90,8 +90,15 @@ def test_the_file_shows_the_integer_networks_pixels(frozen, set5):
 
 
 @pytest.mark.data
-@pytest.mark.parametrize("target", ["portable", "openvino"])
-@pytest.mark.parametrize("bits", [8, 4])
+@pytest.mark.parametrize(
+    ("target", "bits"),
+    [
+        ("openvino", 4),
+        pytest.param("openvino", 8, marks=pytest.mark.slow),
+        pytest.param("portable", 4, marks=pytest.mark.slow),
+        pytest.param("portable", 8, marks=pytest.mark.slow),  # as `frozen`, above, bar its grids
+    ],
+)
 def test_no_order_of_operations_matters(rfdn, set5, development_data, target, bits):
     """OpenVINO and ONNX Runtime on real photographs: not one value differs."""
     crops = [crop(path) for path in small_images(development_data)[:8]]

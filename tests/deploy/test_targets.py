@@ -15,8 +15,9 @@ from sparkir.quant.spec import QuantSpec
 
 WIDTHS = [(8, 8), (4, 8), (4, 4)]
 TARGETS = ["onnxruntime", "portable", "openvino"]
-NETWORKS = ["srcnn", "dncnn", "edsr", "rfdn", "anchored"]
+NETWORKS = ["srcnn", "dncnn", "edsr", "rfdn"]
 ONCE = {
+    "anchored": [(8, 8), (4, 4)],
     "rlfn": [(8, 8), (4, 4)],
     "bsrn": [(4, 4), (8, 8)],
     "bsrn-s": [(4, 8), (4, 4)],
@@ -33,14 +34,16 @@ ONCE = {
 }
 """One width in ONNX Runtime and one in OpenVINO; `make test` has one of the two."""
 FIRST_IN_OPENVINO = {"bsrn", "fmen", "span", "nafnet", "swinir"}
+LONG = {"mirnet", "pooling"}
+"""Half a minute and more for the smallest there is; for `make test-all`."""
 
 
 def matrix() -> list[Any]:
     """Network, bits of weights and of tensors, target.
 
-    Of NETWORKS, every width and every target once; of the others, one width in one runtime. What is
-    left is for `make test-all`: an export takes ten seconds and more. With SPARKIR_EVERY_WIDTH, for
-    whoever changes a placement, every network has every width.
+    Of NETWORKS, every width and every target once; of the others but those of LONG, one width in
+    one runtime. What is left is for `make test-all`: an export takes ten seconds and more. With
+    SPARKIR_EVERY_WIDTH, for whoever changes a placement, every network has every width.
     """
     cases = []
     for row, name in enumerate(NETWORKS):
@@ -52,7 +55,8 @@ def matrix() -> list[Any]:
     for name, chosen in ONCE.items():
         for place, target in enumerate(("onnxruntime", "openvino")):
             widths = WIDTHS if every else chosen[place : place + 1]
-            quick = (target == "openvino") == (name in FIRST_IN_OPENVINO)
+            first = (target == "openvino") == (name in FIRST_IN_OPENVINO)
+            quick = first and name not in LONG
             cases += [case(name, *width, target, quick=quick) for width in widths]
     return cases
 

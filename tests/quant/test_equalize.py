@@ -96,6 +96,13 @@ def classes_of(student, x):
     }
 
 
+@pytest.fixture
+def few_rounds(monkeypatch):
+    """For tests that ask what any factors must keep, not how good they are."""
+    monkeypatch.setattr("sparkir.quant.equalize._ROUNDS", 10)
+
+
+@pytest.mark.usefixtures("few_rounds")
 @pytest.mark.parametrize(
     ("name", "target"),
     [(name, "onnxruntime") for name in PUBLISHED] + [("rfdn", target) for target in TARGETS],
@@ -117,6 +124,7 @@ def test_every_network_computes_the_same(name, target):
     assert any(changed) == (name not in ("nafnet", "swinir"))
 
 
+@pytest.mark.usefixtures("few_rounds")
 @pytest.mark.parametrize("case", CASES)
 def test_every_construction_computes_the_same(case):
     network = CASES[case].network().eval()
@@ -166,6 +174,7 @@ def test_which_channels_share_a_factor():
     assert [found["head"].count(c) for c in dict.fromkeys(found["head"])] == [4, 4]
 
 
+@pytest.mark.usefixtures("few_rounds")
 def test_channels_of_a_group_are_read_by_it_alone():
     torch.manual_seed(0)
     network = build("carn-m", width=8, scale=2).eval()
@@ -176,6 +185,7 @@ def test_channels_of_a_group_are_read_by_it_alone():
     torch.testing.assert_close(in_float(student, x), network(x), rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.usefixtures("few_rounds")
 def test_it_leaves_no_trace_but_the_weights():
     torch.manual_seed(0)
     network, x = build("rfdn", width=8, blocks=1, scale=2), torch.rand(2, 3, 24, 24) * 255
@@ -196,6 +206,7 @@ def test_it_leaves_no_trace_but_the_weights():
     assert not any(name.startswith("taps") for name in student.state_dict())
 
 
+@pytest.mark.usefixtures("few_rounds")
 def test_who_looks_at_features_sees_those_of_the_network():
     torch.manual_seed(0)
     network, x = build("rfdn", width=8, blocks=1, scale=2).eval(), torch.rand(2, 3, 24, 24)
