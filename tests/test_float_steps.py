@@ -22,6 +22,7 @@ FRESH = {
     "train.learning_rate": 1e-2,
     "quant.weight_bits": 8,
     "quant.activation_bits": 8,
+    "quant.equalize": True,
 }
 IN_FLOAT = {key: value for key, value in FRESH.items() if not key.startswith("quant")}
 
@@ -93,7 +94,7 @@ def test_fresh_students_without_it_are_warned_of(project):
 @pytest.mark.parametrize(
     ("changes", "words"),
     [
-        ({"quant.equalize": True}, "quant.equalize is for a student that starts trained"),
+        ({"distill": {"method": "fitnet"}}, "compares features, and train.float_steps would"),
         ({"train.float_steps": 12}, "train.float_steps must be fewer than train.steps"),
         ({"train.float_steps": -1}, "greater than or equal to 0"),
     ],

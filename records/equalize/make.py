@@ -4,9 +4,16 @@
     python records/equalize/make.py DATA PHOTOGRAPHS rfdn-x4-w4a4   # one of them
     python records/equalize/make.py DATA PHOTOGRAPHS --table        # of what has been trained
 
-DATA holds test/Set14/HR, test/Urban20/HR (the first 20 of Urban100) and weights/RFDN/RFDN_AIM.pth;
-PHOTOGRAPHS is a folder with the 454 of CID22 (55) and BSDS500's train and test splits (399). Pairs
-have the same float weights, crops and steps; differences are paired by image and seed.
+DATA holds test/Set14/HR, test/Urban20/HR (the first 20 of Urban100), tasks/lowlight_LOL_train and
+_eval15 and weights/RFDN/RFDN_AIM.pth; PHOTOGRAPHS is a folder with the 454 of CID22 (55) and
+BSDS500's train and test splits (399). Two runs start from students of other records and are left
+out without them:
+
+    --place edsr_train=TRAIN --place edsr=runs/compare-edsr-x2/float/student.safetensors
+    --place lol_teacher=.../student.safetensors --place lol=.../student.safetensors
+
+the first two of records/compare-edsr-x2, the others of records/reproduction's low light. Pairs have
+the same float weights, crops and steps; differences are paired by image and seed.
 """
 
 import argparse
@@ -53,16 +60,34 @@ RUNS = {
     "rfdn-x4-w4a4": Run(
         str(HERE.parent / "reproduction" / "rfdn-x4.toml"),
         RFDN,
-        seeds=2,
+        seeds=3,
         more_tests=("Urban20={data}/test/Urban20/HR",),
     ),
     "rfdn-x4-w8a8": Run(
         "twin-rfdn-rfdn-x4",
         (*RFDN, "train.compile=true", "train.steps=300", "train.learning_rate=1e-4"),
-        seeds=1,
+        seeds=2,
         methods=("ptq", "qat", "spark"),
     ),
-    "demo": Run("demo", ("train.evaluate_every=0",), seeds=2, methods=("ptq", "qat", "spark")),
+    "demo": Run("demo", ("train.evaluate_every=0",), seeds=3, methods=("ptq", "qat", "spark")),
+    "edsr-x2-w4a4": Run(
+        str(HERE.parent / "compare-edsr-x2" / "recipe.toml"),
+        ("data.train={edsr_train}", "data.test={data}/test/Set14/HR", "student.weights={edsr}"),
+        seeds=2,
+        methods=("ptq", "qat", "spark"),
+    ),
+    "lol-dncnn-w8a8": Run(
+        "twin-mirnet-dncnn-lol",
+        (
+            "data.train={data}/tasks/lowlight_LOL_train",
+            "data.test={data}/tasks/lowlight_LOL_eval15",
+            "teacher.weights={lol_teacher}",
+            "student.weights={lol}",
+            "train.steps=300",
+        ),
+        seeds=2,
+        methods=("ptq", "qat", "spark"),
+    ),
 }
 
 
@@ -133,7 +158,8 @@ def table(found: list[dict[str, object]]) -> str:
     """Markdown."""
     text = (
         "PSNR of the integer network, uint8: Y in studio range, 4 px cut off (RFDN x4), 2 px "
-        "(demo). Intervals are over seeds and images; of one seed, over images alone.\n\n"
+        "(demo, EDSR x2); RGB (LOL). Intervals are over seeds and images; of one seed, over images "
+        "alone.\n\n"
         "| student | test | | without, dB | with, dB | difference | 95 % | seeds |\n"
         "|---|---|---|---:|---:|---:|---|---:|\n"
     )
@@ -153,18 +179,27 @@ def main() -> None:
     parser.add_argument("data", type=Path)
     parser.add_argument("photographs", type=Path)
     parser.add_argument("runs", nargs="*", help="all, unless named")
+    parser.add_argument("--place", action="append", default=[], metavar="NAME=PATH")
     parser.add_argument("--out", type=Path, default=Path("runs/equalize"))
     parser.add_argument("--table", action="store_true", help="train nothing")
     chosen = parser.parse_args()
     unknown = set(chosen.runs) - RUNS.keys()
     if unknown:
         parser.error(f"no {', '.join(sorted(unknown))}; there are {', '.join(RUNS)}")
+    places = {"data": chosen.data, "photographs": chosen.photographs}
+    places |= {name: Path(path) for name, _, path in (one.partition("=") for one in chosen.place)}
     if not chosen.table:
         for name in chosen.runs or RUNS:
-            train(name, chosen.out, {"data": chosen.data, "photographs": chosen.photographs})
+            try:
+                train(name, chosen.out, places)
+            except KeyError as missing:
+                print(f"{name} is left out: it needs --place {missing.args[0]}=...")
     found = [line for name in RUNS for line in lines(name, chosen.out)]
     (HERE / "result.json").write_text(json.dumps(found, indent=1) + "\n", "utf-8")
     (HERE / "result.md").write_text(table(found), "utf-8")
+    for name in RUNS:  # every method against QAT, among equalized students
+        for made in folder(chosen.out, name, equalized=True).glob("comparison.md"):
+            (HERE / f"{name}.md").write_bytes(made.read_bytes())
 
 
 if __name__ == "__main__":

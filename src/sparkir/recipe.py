@@ -237,11 +237,6 @@ class Recipe(_Section):
             raise ValueError("baselines with quantization need a [quant]")
         if self.train.float_steps and self.quant is None:
             raise ValueError("train.float_steps come before quantization; add a [quant]")
-        if self.train.float_steps and self.quant is not None and self.quant.equalize:
-            raise ValueError(
-                "quant.equalize is for a student that starts trained; leave it or "
-                "train.float_steps out"
-            )
         if self.train.float_steps >= self.train.steps:
             raise ValueError("train.float_steps must be fewer than train.steps")
         if self.teacher is None and "teacher" in self.baselines:

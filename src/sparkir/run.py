@@ -63,7 +63,7 @@ from sparkir.spark.weighting import Weighting
 from sparkir.teacher import teacher_outputs
 from sparkir.train.distribute import Devices
 from sparkir.train.loop import LoopSettings, Report, train
-from sparkir.train.optimize import build_average, build_optimizer, fast_precision, restart_average
+from sparkir.train.optimize import build_average, build_optimizer, fast_precision
 from sparkir.train.state import TrainState
 
 LARGEST_PSNR_CHANGE_DB = 0.02
@@ -141,8 +141,9 @@ def _begin_rounding(state: TrainState, recipe: Recipe, materials: Materials) -> 
     state.student.eval()
     calibrate_student(state.student, recipe.quant, materials.crops)
     state.student.train()
-    if state.average is not None:
-        restart_average(state.average, state.student)
+    if recipe.quant.equalize:
+        state.optimizer.state.clear()  # its averages are of gradients by weights of another scale
+    state.average = build_average(state.student, recipe.train.ema)  # of what it is now
     _leave_in_float(state, on=False)
 
 
@@ -180,6 +181,8 @@ def training_of(
         student.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     source = weighting_of(recipe.weighting).to(device_of(student))
     task = task_of(recipe, student, source, materials)
+    if recipe.train.float_steps and recipe.quant is not None and recipe.quant.equalize:
+        _require_no_features(task, recipe)
     if outputs is None:
         shown = bool(task.method.teacher_taps)
         with devices.in_turn():
@@ -203,6 +206,16 @@ def training_of(
         average=build_average(student, recipe.train.ema),
     )
     return task, state
+
+
+def _require_no_features(task: DistillationTask, recipe: Recipe) -> None:
+    """Features are compared without the factors, which a checkpoint does not hold."""
+    if task.method.student_taps:
+        raise SparkirError(
+            f"{method_name(recipe)} compares features, and train.float_steps would scale their "
+            "channels half-way (quant.equalize); set quant.equalize = false, or leave "
+            "train.float_steps out and start from trained student.weights"
+        )
 
 
 def _validated_db(

@@ -400,7 +400,9 @@ def check_recipe(recipe: Recipe, report: Report) -> list[str]:
             findings.append(f"{role}: {facts_of(network).name}, {count:,} parameters")
     if recipe.quant is not None:
         placement = placement_of(
-            quantize_student(materials.student, recipe.quant, materials.crops[:1])
+            quantize_student(
+                materials.student, replace(recipe.quant, equalize=False), materials.crops[:1]
+            )
         )
         findings.append(f"quantized to {recipe.quant.label}: {len(placement.layers)} layers")
         findings += [

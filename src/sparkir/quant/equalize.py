@@ -15,12 +15,11 @@ is rounded, which one backward pass with random signs measures.
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, fx
-from torch.nn.utils.rnn import pad_sequence
 
 from sparkir.quant.calibrate import leave_in_float
 from sparkir.quant.channels import FIXED, ChannelReader
@@ -63,7 +62,7 @@ def equalize(student: fx.GraphModule, batches: Iterable[Tensor]) -> tuple[NoiseS
 
 
 @dataclass
-class _Tensor:
+class _Seen:
     """What was seen of one tensor in front of its grid."""
 
     channels: list[int]
@@ -72,19 +71,54 @@ class _Tensor:
     squared_gradient: Tensor | float = 0.0
 
 
-@dataclass
-class _Convolution:
-    """A convolution's weights (O, I / groups, h, w), and the classes of its channels."""
+class _Convolution(NamedTuple):
+    """A convolution whose weights may be scaled, and the classes of its channels."""
 
     layer: QuantConv2d
     made: Tensor
     """(O,)"""
     read: Tensor
     """(O, I / groups), or (1, I) where there are no groups"""
-    sizes: Tensor = field(init=False)
-    """(O, I / groups), the largest weight of each kernel."""
-    costs: Tensor = field(init=False)
-    """(O, I / groups), noise of the output for a row's range of 1."""
+
+
+class _Tensors(NamedTuple):
+    """T tensors of C channels, as they are in front of their grids."""
+
+    classes: Tensor
+    """(T, C), of their channels."""
+    low: Tensor
+    """(T, C), 0 or less."""
+    high: Tensor
+    costs: Tensor
+    """(T, C), noise of the output for a grid's range of 1."""
+    symmetric: Tensor
+    """(T, 1), whether the grid is, where anything is negative."""
+
+    def noise(self, factors: Tensor) -> Tensor:
+        """(), of the output."""
+        scaled = factors[self.classes]
+        low, high = (scaled * self.low).amin(1), (scaled * self.high).amax(1)
+        middle = 2 * torch.maximum(-low, high)
+        width = torch.where(self.symmetric.squeeze(1) & (low < 0), middle, high - low)
+        return (width.square() * (self.costs / scaled.square()).sum(1)).sum()
+
+
+class _Weights(NamedTuple):
+    """The weights of K convolutions of one shape."""
+
+    read: Tensor
+    """(K, O or 1, I), the classes of what is read."""
+    sizes: Tensor
+    """(K, O, I), the largest weight of each kernel."""
+    costs: Tensor
+    """(K, O, I), noise of the output for a row's range of 1."""
+
+    def noise(self, factors: Tensor) -> Tensor:
+        """(), of the output."""
+        read = factors[self.read].expand_as(self.sizes)
+        widest = (self.sizes / read.detach()).argmax(2, keepdim=True)
+        half = self.sizes.gather(2, widest) / read.gather(2, widest)  # rows are symmetric
+        return (4 * half.squeeze(2).square() * (read.square() * self.costs).sum(2)).sum()
 
 
 class _Observer(ChannelReader):
@@ -92,7 +126,7 @@ class _Observer(ChannelReader):
 
     def __init__(self, student: fx.GraphModule) -> None:
         super().__init__(student)
-        self.tensors: dict[fx.Node, _Tensor] = {}
+        self.tensors: dict[fx.Node, _Seen] = {}
 
     def run_node(self, n: fx.Node) -> Any:  # noqa: ANN401 - torch's own signature
         """Run it; a grid's node gives a copy that has a gradient of its own."""
@@ -108,7 +142,7 @@ class _Observer(ChannelReader):
 
     def _note(self, node: fx.Node, x: Tensor) -> None:
         low, high = x.amin((0, 2, 3)).clamp_max(0), x.amax((0, 2, 3)).clamp_min(0)
-        seen = self.tensors.setdefault(node, _Tensor(self.channels[node], low, high))
+        seen = self.tensors.setdefault(node, _Seen(self.channels[node], low, high))
         seen.low, seen.high = seen.low.minimum(low), seen.high.maximum(high)
 
     def _note_gradient(self, node: fx.Node, gradient: Tensor) -> None:
@@ -140,27 +174,25 @@ class _Noise:
             parameter.grad = gradient
 
     def _take_tensors(self, reader: _Observer, batches: int) -> None:
-        grids: dict[str, list[_Tensor]] = {}
+        grids: dict[str, list[_Seen]] = {}
         for node, one in reader.tensors.items():
             if isinstance(one.squared_gradient, Tensor):
                 grids.setdefault(str(node.target), []).append(one)
-
-        def rows(values: list[list[Tensor]]) -> Tensor:
-            return pad_sequence([torch.cat(row) for row in values], batch_first=True)
-
-        def of_classes(one: _Tensor) -> Tensor:
-            return torch.tensor([self.classes.of(channel) for channel in one.channels])
-
-        found = list(grids.values())
-        levels = [self._quantizer(reader, name).levels - 1 for name in grids]
-        per_step = 12 * torch.tensor(levels, dtype=torch.float64)[:, None].square() * batches
-        self.of = rows([[of_classes(one) for one in row] for row in found])
-        self.low = rows([[one.low.double().cpu() for one in row] for row in found])
-        self.high = rows([[one.high.double().cpu() for one in row] for row in found])
-        gradients = [[torch.as_tensor(one.squared_gradient).cpu() for one in row] for row in found]
-        self.costs = rows(gradients) / per_step
-        symmetric = [self._quantizer(reader, name).symmetric for name in grids]
-        self.symmetric = torch.tensor(symmetric)
+        rows = []
+        for name, parts in grids.items():
+            grid = self._quantizer(reader, name)
+            per_step = 12 * (grid.levels - 1) ** 2 * batches
+            gradient = torch.cat([torch.as_tensor(part.squared_gradient) for part in parts])
+            rows.append(
+                (
+                    torch.cat([self._classes_of(part.channels) for part in parts]),
+                    torch.cat([part.low for part in parts]).double().cpu(),
+                    torch.cat([part.high for part in parts]).double().cpu(),
+                    gradient.cpu() / per_step,
+                    torch.tensor([grid.symmetric]),
+                )
+            )
+        self.tensors = [_Tensors(*alike) for alike in _stacked(rows)]
 
     @staticmethod
     def _quantizer(reader: _Observer, name: str) -> ActivationQuantizer:
@@ -169,7 +201,7 @@ class _Noise:
         return found
 
     def _take_convolutions(self, reader: _Observer, batches: int) -> None:
-        self.convolutions = []
+        self.convolutions, rows = [], []
         for node, made in reader.channels.items():
             layer = reader.module_of(node)
             if not isinstance(layer, QuantConv2d) or layer.weight.grad is None:
@@ -181,32 +213,15 @@ class _Noise:
             read = read.view(layer.groups, inputs)
             if layer.groups > 1:
                 read = read.repeat_interleave(outputs // layer.groups, 0)
-            one = _Convolution(layer, self._classes_of(made), read)
-            steps = (2**layer.weight_quantizer.bits - 1) ** 2 * 12 * batches
-            one.sizes = layer.real_weight().detach().double().cpu().flatten(2).abs().amax(2)
+            self.convolutions.append(_Convolution(layer, self._classes_of(made), read))
+            per_step = (2**layer.weight_quantizer.bits - 1) ** 2 * 12 * batches
+            sizes = layer.real_weight().detach().double().cpu().flatten(2).abs().amax(2)
             gradient = layer.weight.grad.double().cpu().flatten(2)
-            one.costs = gradient.square().sum(2) / steps
-            self.convolutions.append(one)
+            rows.append((read, sizes, gradient.square().sum(2) / per_step))
+        self.weights = [_Weights(*alike) for alike in _stacked(rows)]
 
     def _classes_of(self, channels: Iterable[int]) -> Tensor:
         return torch.tensor([self.classes.of(channel) for channel in channels])
-
-    def of_tensors(self, factors: Tensor) -> Tensor:
-        """The part of tensors."""
-        scaled = factors[self.of]
-        low, high = (scaled * self.low).amin(1), (scaled * self.high).amax(1)
-        middle = 2 * torch.maximum(-low, high)
-        width = torch.where(self.symmetric & (low < 0), middle, high - low)
-        return (width[:, None].square() * self.costs / scaled.square()).sum()
-
-    def of_weights(self, factors: Tensor) -> Tensor:
-        """The part of weights."""
-        total = factors.new_zeros(())
-        for one in self.convolutions:
-            read = factors[one.read]
-            width = 2 * (one.sizes / read).amax(1, keepdim=True)
-            total = total + (width.square() * read.square() * one.costs).sum()
-        return total
 
     def least(self) -> Tensor:
         """The factor of every class with which the sum is least."""
@@ -220,7 +235,7 @@ class _Noise:
         with torch.enable_grad():
             for _ in range(_ROUNDS):
                 factors = (logarithms * moves).exp()
-                noise = self.of_tensors(factors) + self.of_weights(factors)
+                noise = _sum(self.tensors, factors) + _sum(self.weights, factors)
                 loss = noise.log() + _TO_ONE * logarithms.square().mean()
                 optimizer.zero_grad()
                 loss.backward()
@@ -244,4 +259,16 @@ class _Noise:
     @torch.no_grad()
     def share(self, factors: Tensor) -> NoiseShare:
         """Both parts."""
-        return NoiseShare(float(self.of_tensors(factors)), float(self.of_weights(factors)))
+        return NoiseShare(float(_sum(self.tensors, factors)), float(_sum(self.weights, factors)))
+
+
+def _stacked(rows: Iterable[tuple[Tensor, ...]]) -> list[list[Tensor]]:
+    """Rows whose tensors have the same shapes, as one: few operations then do for all."""
+    alike: dict[tuple[torch.Size, ...], list[tuple[Tensor, ...]]] = {}
+    for row in rows:
+        alike.setdefault(tuple(tensor.shape for tensor in row), []).append(row)
+    return [[torch.stack(one) for one in zip(*some, strict=True)] for some in alike.values()]
+
+
+def _sum(parts: Iterable[_Tensors | _Weights], factors: Tensor) -> Tensor:
+    return sum((part.noise(factors) for part in parts), factors.new_zeros(()))

@@ -48,8 +48,9 @@ class QuantSpec:
     calibration: Literal["mse", "percentile", "minmax"] = "mse"
     """How ranges start: least squared error, the 99.9th percentile, or the extremes."""
     equalize: bool = False
-    """Scale the channels of a student that starts trained so that rounding costs its output least
-    (`quant.equalize`). It computes the same before rounding, and its graph stays as it is."""
+    """Scale channels before grids are fitted, so that rounding costs the output least
+    (`quant.equalize`). The student computes the same before rounding, and its graph stays as it
+    is."""
     target: TargetName = "onnxruntime"
     """Where the network will run; see `targets`."""
 

@@ -89,12 +89,6 @@ def build_average(student: nn.Module, decay: float) -> AveragedModel | None:
     return average
 
 
-def restart_average(average: AveragedModel, student: nn.Module) -> None:
-    """Let the average be the student as it is now, whatever it was before."""
-    average.module.load_state_dict(student.state_dict())
-    average.n_averaged.zero_()
-
-
 def fast_precision(device: torch.device) -> bool:
     """Whether bfloat16 is fast on `device`."""
     if device.type == "cuda":
