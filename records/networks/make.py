@@ -5,8 +5,8 @@
 DATA holds weights/ (the authors' checkpoints, under the names below) and test/ (Set5, Set14, B100:
 HR/, and LR_bicubic/X2, X3, X4 where the set came with its small images; else they are made by the
 older MATLAB's bicubic). PHOTOGRAPHS is a folder of images that are none of those, for calibration.
-NAMEs are rows to measure again; all others are kept. Half an hour or more on two cores. None of the
-weights and images is part of this repository.
+NAMEs are rows to measure again; of all others, what is there is kept. Half an hour or more on two
+cores. None of the weights and images is part of this repository.
 """
 
 import json
@@ -28,7 +28,7 @@ from sparkir.evaluate.metrics import Convention, psnr_db
 from sparkir.models.checkpoint import load_weights
 from sparkir.models.facts import facts_of
 from sparkir.models.registry import build
-from sparkir.quant.prepare import placement_of
+from sparkir.quant.prepare import placement_of, prepare
 from sparkir.quant.reference import freeze
 from sparkir.quant.spec import QuantSpec
 from sparkir.run import versions
@@ -53,6 +53,8 @@ def _published(*values: float) -> dict[str, float]:
     return dict(zip(SETS, values, strict=True))
 
 
+EQUALIZED = "ptq_w8a8_set5_psnr_db_equalized"
+PRINTED = ("psnr_db", "ptq_w8a8_set5_psnr_db")
 NETWORKS = {
     "RFDN (AIM 2020) x4": Published("rfdn", "RFDN/RFDN_AIM.pth", {}),
     "RLFN-S x2": Published(
@@ -95,24 +97,33 @@ def main(data: str, photographs: str, *names: str) -> None:
     """Measure row after row, keeping each as it comes."""
     path = HERE / "result.json"
     rows = json.loads(path.read_text())["networks"] if path.exists() else {}
-    wanted = names or [name for name in NETWORKS if name not in rows]
+    wanted = names or [name for name in NETWORKS if EQUALIZED not in rows.get(name, {})]
     for name in wanted:
-        rows[name] = measured(NETWORKS[name], Path(data), Path(photographs))
+        known = {} if names else rows.get(name, {})
+        rows[name] = measured(NETWORKS[name], Path(data), Path(photographs), known)
         kept = {key: rows[key] for key in NETWORKS if key in rows}
         values = {"versions": versions(), "convention": _convention(4).label, "networks": kept}
         path.write_text(json.dumps(values, indent=1) + "\n")
-        print(name, rows[name]["psnr_db"], rows[name]["ptq_w8a8_set5_psnr_db"], flush=True)
+        print(name, *(rows[name][key] for key in (*PRINTED, EQUALIZED)), flush=True)
 
 
-def measured(one: Published, data: Path, photographs: Path) -> dict[str, Any]:
-    """One checkpoint."""
+def measured(
+    one: Published, data: Path, photographs: Path, known: dict[str, Any]
+) -> dict[str, Any]:
+    """One checkpoint; what is `known` of it is not measured again."""
     network = build(one.model, **one.options).eval()
     load_weights(network, data / "weights" / one.weights)
     crops = calibration_crops(network, photographs)
-    frozen = {
-        target: freeze(quantize_student(network, QuantSpec(target=target), crops))
-        for target in TARGETS
-    }
+
+    def without_training(*, equalize: bool) -> dict[str, float]:
+        specs = {target: QuantSpec(target=target, equalize=equalize) for target in TARGETS}
+        return {
+            target: mean_psnr_db(freeze(quantize_student(network, spec, crops)), data / "test/Set5")
+            for target, spec in specs.items()
+        }
+
+    if known:
+        return known | {EQUALIZED: without_training(equalize=True)}
     return {
         "model": one.model,
         "options": one.options,
@@ -120,10 +131,9 @@ def measured(one: Published, data: Path, photographs: Path) -> dict[str, Any]:
         "parameters": sum(parameter.numel() for parameter in network.parameters()),
         "published_psnr_db": one.psnr_db,
         "psnr_db": {name: mean_psnr_db(network, data / "test" / name) for name in SETS},
-        "ptq_w8a8_set5_psnr_db": {
-            target: mean_psnr_db(student, data / "test/Set5") for target, student in frozen.items()
-        },
-        "left_in_float": placement_of(frozen["onnxruntime"]).left_in_float,
+        "ptq_w8a8_set5_psnr_db": without_training(equalize=False),
+        EQUALIZED: without_training(equalize=True),
+        "left_in_float": placement_of(prepare(network, QuantSpec())).left_in_float,
     }
 
 
