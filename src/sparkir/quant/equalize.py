@@ -92,14 +92,14 @@ class _Tensors(NamedTuple):
     costs: Tensor
     """(T, C), noise of the output for a grid's range of 1."""
     symmetric: Tensor
-    """(T, 1), whether the grid is, where anything is negative."""
+    """(T,), whether the grid is, where anything is negative."""
 
     def noise(self, factors: Tensor) -> Tensor:
         """(), of the output."""
         scaled = factors[self.classes]
         low, high = (scaled * self.low).amin(1), (scaled * self.high).amax(1)
         middle = 2 * torch.maximum(-low, high)
-        width = torch.where(self.symmetric.squeeze(1) & (low < 0), middle, high - low)
+        width = torch.where(self.symmetric & (low < 0), middle, high - low)
         return (width.square() * (self.costs / scaled.square()).sum(1)).sum()
 
 
@@ -189,7 +189,7 @@ class _Noise:
                     torch.cat([part.low for part in parts]).double().cpu(),
                     torch.cat([part.high for part in parts]).double().cpu(),
                     gradient.cpu() / per_step,
-                    torch.tensor([grid.symmetric]),
+                    torch.tensor(grid.symmetric),
                 )
             )
         self.tensors = [_Tensors(*alike) for alike in _stacked(rows)]
