@@ -13,9 +13,9 @@ TORCH ?= torch==2.13.0
 demo: $(VENV)/.installed
 	$(BIN)/sparkir distill demo
 
-# A process for each core, of one thread each; a file's tests stay together, for they share what
-# they export.
-PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses auto --dist loadfile
+# A process for each core, of one thread each. Each takes half of the files, in order, so tests that
+# share an export stay together; who is done first takes half of what the other has left.
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses auto --dist worksteal
 
 test: $(VENV)/.installed
 	$(PYTEST) -m "not slow"
