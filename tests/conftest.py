@@ -1,5 +1,6 @@
 import os
 from pathlib import Path
+from zlib import crc32
 
 import pytest
 import torch
@@ -8,9 +9,21 @@ ROOT = Path(__file__).resolve().parents[1]
 DATA = Path(os.environ.get("SPARKIR_DATA", ROOT.parent / "shared" / "data"))
 
 
-@pytest.fixture(autouse=True)
-def seeded() -> None:
-    """Every test draws the same numbers, whichever tests ran before it in its process."""
+@pytest.hookimpl(tryfirst=True)
+def pytest_make_collect_report() -> None:
+    """What a module draws when it is read does not depend on the modules before it."""
+    torch.manual_seed(0)
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_fixture_setup(fixturedef: pytest.FixtureDef[object]) -> None:
+    """A fixture draws the same numbers, whichever test is the first to ask for it."""
+    torch.manual_seed(crc32(fixturedef.argname.encode()))
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_runtest_call() -> None:
+    """So does a test, whichever ran before it; and others than its fixtures."""
     torch.manual_seed(0)
 
 

@@ -101,9 +101,10 @@ def test_fresh_students_without_it_are_warned_of(project):
 )
 def test_mistakes(project, changes, words):
     write_recipe(project / "wrong.toml", FRESH | changes)
-    said = call("distill", "wrong.toml")
-    assert said.code == 1
-    assert words in " ".join(said.err.split())
+    for command in ("check", "distill"):
+        said = call(command, "wrong.toml")
+        assert said.code == 1
+        assert words in " ".join(said.err.split())
 
 
 def test_nothing_to_begin_without_quantization(project):

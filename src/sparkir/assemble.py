@@ -341,8 +341,20 @@ def gather(recipe: Recipe, report: Report = silent) -> Materials:
         student=student,
         crops=calibration_crops(train_pairs, recipe),
     )
-    task_of(recipe, student, weighting_of(recipe.weighting), materials)
+    task = task_of(recipe, student, weighting_of(recipe.weighting), materials)
+    _require_kept_channels(recipe, task)
     return materials
+
+
+def _require_kept_channels(recipe: Recipe, task: DistillationTask) -> None:
+    """Features are compared without the factors, which a checkpoint does not hold."""
+    scaled = recipe.quant is not None and recipe.quant.equalize and recipe.train.float_steps
+    if scaled and recipe.distill is not None and task.method.student_taps:
+        raise SparkirError(
+            f"distill.method = {recipe.distill.method!r} compares features, and train.float_steps "
+            "would scale their channels half-way (quant.equalize); set quant.equalize = false, or "
+            "leave train.float_steps out and start from trained student.weights"
+        )
 
 
 def _require_weights(recipe: Recipe) -> None:

@@ -181,7 +181,6 @@ def training_of(
         student.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     source = weighting_of(recipe.weighting).to(device_of(student))
     task = task_of(recipe, student, source, materials)
-    _require_kept_channels(recipe, task)
     if outputs is None:
         shown = bool(task.method.teacher_taps)
         with devices.in_turn():
@@ -205,17 +204,6 @@ def training_of(
         average=build_average(student, recipe.train.ema),
     )
     return task, state
-
-
-def _require_kept_channels(recipe: Recipe, task: DistillationTask) -> None:
-    """Features are compared without the factors, which a checkpoint does not hold."""
-    scaled = recipe.quant is not None and recipe.quant.equalize
-    if scaled and recipe.train.float_steps and task.method.student_taps:
-        raise SparkirError(
-            f"{method_name(recipe)} compares features, and train.float_steps would scale their "
-            "channels half-way (quant.equalize); set quant.equalize = false, or leave "
-            "train.float_steps out and start from trained student.weights"
-        )
 
 
 def _validated_db(

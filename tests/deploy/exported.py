@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 import onnx
 import onnxruntime
+import pytest
 import torch
 import torch.nn.functional as F
 from filelock import FileLock
@@ -253,6 +254,6 @@ CASES = [
     ("edsr", 8),
     ("edsr", 4),
     ("rfdn", 8),
-    ("rfdn", 4),
+    pytest.param(("rfdn", 4), marks=pytest.mark.slow),
     ("everything", 8),
 ]

@@ -43,7 +43,11 @@ LARGEST_PX = (40, 32)
 OPEN = ("dncnn",)
 """Networks exported with their sizes left open; the rest take images of LARGEST_PX alone, because
 exporting them takes half the time."""
-CASES = [("dncnn", 8, 8), ("edsr", 4, 4), ("mixed", 4, 8)]
+CASES = [
+    ("dncnn", 8, 8),
+    pytest.param("edsr", 4, 4, marks=pytest.mark.slow),
+    ("mixed", 4, 8),
+]
 
 
 class Mixed(nn.Module):

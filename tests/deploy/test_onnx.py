@@ -95,7 +95,7 @@ def test_the_file_is_about_as_large_as_the_bits_say(deployed):
     assert not deployed.model.graph.value_info
 
 
-@pytest.mark.parametrize("bits", [4, 2])
+@pytest.mark.parametrize("bits", [pytest.param(4, marks=pytest.mark.slow), 2])
 def test_low_bits_make_small_files(bits):
     """Of a network of some size; the description of a graph weighs the same at any bits."""
     torch.manual_seed(0)
@@ -171,7 +171,9 @@ def test_layers_of_equal_weights_have_names_of_their_own():
     assert found.parity.fusion.float_layers == ()
 
 
-@pytest.mark.parametrize("name", ["twins", "carn-m", "everything"])
+@pytest.mark.parametrize(
+    "name", ["twins", pytest.param("carn-m", marks=pytest.mark.slow), "everything"]
+)
 def test_no_two_layers_read_one_constant(name):
     """Or ONNX Runtime cannot open the file where it makes weights unsigned; all are stored once."""
     graph = deploy(name, 8).model.graph

@@ -34,8 +34,8 @@ ONCE = {
 }
 """One width in ONNX Runtime and one in OpenVINO; `make test` has one of the two."""
 FIRST_IN_OPENVINO = {"bsrn", "fmen", "span", "nafnet", "swinir"}
-LONG = {"mirnet", "pooling"}
-"""Half a minute and more for the smallest there is; for `make test-all`."""
+LONG = {"anchored", "bsrn", "imdn", "mirnet", "pooling", "rlfn", "span"}
+"""Long to export, or made of parts that others here have too; for `make test-all`."""
 
 
 def matrix() -> list[Any]:

@@ -1,13 +1,12 @@
 """Rounding in compiled passes against plain operations, and fake quantization in float64."""
 
 import copy
-from typing import Any
 
 import pytest
 import torch
 from slow_reference import FAKE_QUANTIZE
 from torch import nn
-from toys import CASES, images, quantized
+from toys import CASES, images, in_turn, quantized
 
 from sparkir.errors import SparkirError
 from sparkir.quant import fused
@@ -131,19 +130,10 @@ class TestAgainstFakeQuantization:
         close(step.grad, slow_step.grad.flatten())
 
 
-def ways() -> list[Any]:
-    """Every network for every target with one way to learn, in turn; the others are slow."""
-    found = []
-    for row, case in enumerate(CASES):
-        for column, target in enumerate(("onnxruntime", "openvino")):
-            for place, learned in enumerate(("lsq", "pams", "none")):
-                marks = () if (row + column + place) % 3 == 0 else (pytest.mark.slow,)
-                name = f"{case}-{target}-{learned}"
-                found.append(pytest.param(case, target, learned, marks=marks, id=name))
-    return found
+TARGETS = ("onnxruntime", "openvino")
 
 
-@pytest.mark.parametrize(("case", "target", "learned"), ways())
+@pytest.mark.parametrize(("case", "target", "learned"), in_turn(TARGETS, ("lsq", "pams", "none")))
 def test_whole_networks_train_the_same(uncompiled, case, target, learned):
     """Forward bit for bit; gradients but for the order of sums that largely cancel out.
 

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 from torch import nn
-from toys import CASES, Toy, images, quantized
+from toys import CASES, Toy, images, in_turn, quantized
 
 from sparkir.quant.arithmetic import Quantized
 from sparkir.quant.calibrate import calibrate
@@ -39,10 +39,10 @@ def case(request):
     return CASES[request.param]
 
 
-@pytest.mark.parametrize("spec", SPECS.values(), ids=SPECS)
+@pytest.mark.parametrize(("case", "spec"), in_turn(SPECS))
 def test_the_integer_network_is_the_student_bit_for_bit(case, spec):
-    network = case.network().eval()
-    student = quantized(network, spec, images(network))
+    network = CASES[case].network().eval()
+    student = quantized(network, SPECS[spec], images(network))
     before = copy.deepcopy(student.state_dict())
     frozen = freeze(student.train())
     assert student.training

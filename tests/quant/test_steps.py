@@ -1,11 +1,9 @@
 """Steps with which no order of operations makes a difference."""
 
-import itertools
-
 import pytest
 import torch
 import torch.nn.functional as F
-from toys import CASES, Toy, images
+from toys import CASES, Toy, images, in_turn
 
 from sparkir.quant.arithmetic import exact_rounding, to_multiple, to_odd_fraction, to_power_of_two
 from sparkir.quant.calibrate import calibrate
@@ -81,7 +79,7 @@ def test_sums_that_reach_the_image_keep_away_from_ties():
             assert torch.equal(found.round()[kept], nearest[kept].float())
 
 
-@pytest.mark.parametrize(("case", "target"), list(itertools.product(CASES, ANY_ORDER)))
+@pytest.mark.parametrize(("case", "target"), in_turn(ANY_ORDER))
 def test_training_computes_the_integer_network_bit_for_bit(case, target):
     """No rounding is left that training would have to do faster and otherwise."""
     torch.manual_seed(0)

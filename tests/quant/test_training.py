@@ -3,24 +3,19 @@
 import pytest
 import torch
 import torch.nn.functional as F
-from toys import CASES, images, quantized
+from toys import CASES, images, in_turn, quantized
 
 from sparkir.quant.quantizer import ActivationQuantizer, WeightQuantizer
 from sparkir.quant.spec import QuantSpec
-
-
-@pytest.fixture(params=CASES)
-def case(request):
-    return CASES[request.param]
 
 
 def spec(bits: int, learned: str) -> QuantSpec:
     return QuantSpec(weight_bits=bits, activation_bits=bits, learned=learned)
 
 
-@pytest.mark.parametrize("learned", ["lsq", "pams"])
+@pytest.mark.parametrize(("case", "learned"), in_turn(("lsq", "pams")))
 def test_everything_that_is_learned_gets_a_gradient(case, learned):
-    network = case.network()
+    network = CASES[case].network()
     x = images(network)
     student = quantized(network, spec(4, learned), x).train()
     restored = student(x)
@@ -38,8 +33,8 @@ def test_everything_that_is_learned_gets_a_gradient(case, learned):
     if learned == "lsq":  # PAMS moves a bound only where something is clipped
         stuck = {name for name in learned_here if not gradients[name].any()}
         # Behind a float operation that only moves values, the same grid again rounds nothing.
-        moved = {f"quantizers.{name}.log_scale" for name in case.left_in_float}
-        assert stuck <= moved or case is CASES["zero tail"]
+        moved = {f"quantizers.{name}.log_scale" for name in CASES[case].left_in_float}
+        assert stuck <= moved or case == "zero tail"
 
 
 @pytest.mark.parametrize("learned", ["lsq", "pams", "none"])

@@ -1,9 +1,12 @@
 """Small networks, each with a construction that quantization has to get right."""
 
-from collections.abc import Callable
+import itertools
+from collections.abc import Callable, Iterable
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from typing import Any
 
+import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, fx, nn
@@ -703,3 +706,18 @@ def observing(student: nn.Module):
 
 def psnr_db(a: Tensor, b: Tensor, value_range: float) -> float:
     return float(10 * torch.log10(value_range**2 / (a - b).square().mean()))
+
+
+def in_turn(*choices: Iterable[str]) -> list[Any]:
+    """Every network with one combination of choices, in turn; the other combinations are slow."""
+    combinations = list(itertools.product(*choices))
+    return [
+        pytest.param(
+            case,
+            *combination,
+            marks=() if place == row % len(combinations) else (pytest.mark.slow,),
+            id="-".join((case, *combination)),
+        )
+        for row, case in enumerate(CASES)
+        for place, combination in enumerate(combinations)
+    ]

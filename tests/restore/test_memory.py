@@ -182,7 +182,9 @@ def in_a_process(*arguments: object) -> tuple[int, int, int]:
 
 
 @linux
-@pytest.mark.parametrize("runtime", ["onnxruntime", "openvino"])
+@pytest.mark.parametrize(
+    "runtime", ["onnxruntime", pytest.param("openvino", marks=pytest.mark.slow)]
+)
 def test_a_runtime_that_is_refused_memory_goes_on_with_smaller_tiles(
     tmp_path, model_file, restorer, runtime
 ):

@@ -17,8 +17,6 @@ from sparkir.restore.engine import Engine
 from sparkir.restore.network import Restorer, open_exported
 from sparkir.restore.tiles import restore_tiled, tiling_for
 
-KINDS = ["torch", "integer", "float"]
-
 
 def whole(restorer: Restorer, pixels: np.ndarray) -> np.ndarray:
     top = np.iinfo(pixels.dtype).max
@@ -31,7 +29,9 @@ def tiled(restorer: Restorer, pixels: np.ndarray, side: int) -> np.ndarray:
     return restore_tiled(pixels, restorer, scale=restorer.facts.scale, tiling=tiling)
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize(
+    "kind", ["torch", "integer", pytest.param("float", marks=pytest.mark.slow)]
+)
 @pytest.mark.parametrize("name", NETWORKS)
 def test_tiles_are_equal_to_the_whole_image(restorer, name, kind):
     made = restorer(name, kind)

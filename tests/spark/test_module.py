@@ -1,5 +1,6 @@
 import copy
 import inspect
+import statistics
 import subprocess
 import sys
 from pathlib import Path
@@ -485,15 +486,15 @@ class TestLearns:
         wrong[..., 16:] = 0.2 * torch.sign(gt[..., 16:] - 0.5)
         return gt + wrong
 
-    @pytest.fixture
-    def task(self):
+    def drawn(self):
         gt = torch.rand(16, 3, 32, 32)
         return (gt + 0.1 * torch.randn_like(gt)).clamp(0, 1), self.teacher(gt), gt
 
-    @pytest.fixture
-    def spark(self):
+    def fresh(self):
         options = {"grid": 2, "reward_every": 1, "learning_rate": 3e-3, "entropy_bonus": 0.0}
         return published(strength=5.0, **options)
+
+    task, spark = pytest.fixture(drawn), pytest.fixture(fresh)
 
     def preference(self, spark, task) -> float:
         """Weight on the left above that on the right."""
@@ -520,13 +521,16 @@ class TestLearns:
             assert spark.learn() is not None
         assert self.preference(spark, task) > 0.2
 
-    def test_prefers_nothing_where_nothing_is_to_prefer(self, spark, task):
-        """The teacher is equally right everywhere."""
-        lq, _, gt = task
-        for _ in range(self.STEPS):
-            spark.weigh(lq, gt, gt)
-            spark.learn()
-        assert abs(self.preference(spark, (lq, gt, gt))) < 0.1
+    def test_prefers_nothing_where_nothing_is_to_prefer(self):
+        """The teacher is equally right everywhere: a policy leans to either side, by chance."""
+        found = []
+        for _ in range(8):
+            spark, (lq, _, gt) = self.fresh(), self.drawn()
+            for _ in range(self.STEPS):
+                spark.weigh(lq, gt, gt)
+                spark.learn()
+            found.append(self.preference(spark, (lq, gt, gt)))
+        assert abs(statistics.fmean(found)) < 0.1
 
 
 class TestMistakes:
@@ -579,7 +583,7 @@ class TestMistakes:
 RANKS = Path(__file__).with_name("two_ranks.py")
 
 
-@pytest.mark.parametrize("preset", ["spark-paper", "spark"])
+@pytest.mark.parametrize("preset", [pytest.param("spark-paper", marks=pytest.mark.slow), "spark"])
 def test_two_processes_have_one_policy(tmp_path, preset):
     """DDP over gloo: after training, students and policies are the same bits in both."""
     command = [sys.executable, str(RANKS), str(tmp_path), preset]

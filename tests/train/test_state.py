@@ -22,6 +22,7 @@ def trained(tmp_path):
 
 def test_round_trip_into_a_run_that_started_otherwise(trained):
     """Nothing is left of the other run's own weights, grids, draws or place in the data."""
+    trained.state.save(trained.checkpoint)
     saved = trained.state.state_dict()
     other = small_run(trained.checkpoint.parent, **FULL, steps=4, seed=99)
     assert not torch.equal(
