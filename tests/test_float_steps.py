@@ -69,6 +69,13 @@ def test_the_grids_are_set_to_what_the_student_has_become(project):
     assert losses[60] < 0.7 * without[60]
 
 
+@pytest.mark.parametrize(("equalize", "steps"), [(True, 6), (False, 12)])
+def test_averages_of_gradients_begin_again_where_weights_are_scaled(project, equalize, steps):
+    trained(recipe(project / "fresh.toml", **{"quant.equalize": equalize}), Path("run"))
+    saved = torch.load("run/last.pt", weights_only=True)
+    assert max(int(one["step"]) for one in saved["optimizer"]["state"].values()) == steps
+
+
 @one_order_of_sums
 @pytest.mark.parametrize("stop_after", [3, 6, 9])
 def test_resumes_bit_for_bit(project, stop_after):
