@@ -49,10 +49,7 @@ NOISE = (
 TODAY = "degraded,teacher,ptq,qat,kd-matched,kd-matched@10,truth:spark,constant:spark,spark"
 SCORED = "degraded,teacher,float,ptq,qat,kd-matched,spark-paper,spark"
 LONG = "degraded,teacher,float,ptq,qat,spark"
-X2 = (
-    "degraded,teacher,float,ptq,qat,kd,kd-mse@1,kd-matched,fakd,spark-paper,"
-    "truth:spark,constant:spark,spark"
-)
+LOW_RATE = "degraded,teacher,float,ptq,qat,kd-matched@10,truth:spark,constant:spark,spark"
 IMITATION = "degraded,teacher,float,ptq,qat,kd,kd@20,kd-matched@20"
 
 
@@ -152,11 +149,11 @@ RUNS: dict[str, Run] = {
         seeds=1,
         more_tests=("Urban20={data}/test/Urban20/HR",),
     ),
-    "rfdn-x2-w8a8": Run(
-        "twin-rfdn-rfdn-x2",
-        X2,
-        (*PAIRS, "train.compile=true", "train.teacher_cache=true", "train.steps=300"),
-        seeds=2,
+    "rfdn-x4-w8a8-low-rate": Run(
+        "twin-rfdn-rfdn-x4",
+        LOW_RATE,
+        (*FAST, "train.steps=1000", "train.learning_rate=2e-5", "quant.equalize=true"),
+        seeds=1,
         more_tests=("Urban20={data}/test/Urban20/HR",),
     ),
     "rfdn-x4-w4a4": Run(str(HERE / "rfdn-x4.toml"), CONTROLS, SR),
