@@ -468,6 +468,7 @@ def test_a_process_that_is_killed_is_a_row_and_the_others_make_the_same_cells(sh
     assert_same_cells(short, compared)
 
 
+@pytest.mark.slow
 def test_a_stop_reaches_all_processes_after_their_step(short, monkeypatch):
     write_recipe(short / "tiny.toml", SHORT | {"train.steps": 100_000})
     reached: dict[str, int] = {}

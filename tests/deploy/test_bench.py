@@ -334,6 +334,7 @@ def test_eager_torch_computes_the_network_in_each_arithmetic(twin, tmp_path):
     assert not torch.equal(kinds["bfloat16 channels_last"].float(), expected)
 
 
+@pytest.mark.slow
 def test_executorch(edsr_w4, tmp_path):
     pytest.importorskip("executorch")
     contender = executorch_contender(edsr_w4.frozen, (16, 24), tmp_path)

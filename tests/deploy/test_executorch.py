@@ -126,6 +126,7 @@ def test_every_quantized_layer_runs_on_int8(name, bits):
     assert f"{len(placement.layers)} of {len(delegation.layers)} layers" in delegation.summary()
 
 
+@pytest.mark.slow
 def test_what_runs_on_int8_and_what_does_not():
     found = exported("rfdn", 8, 8).delegation
     assert {"XNNConv2d", "XNNAdd", "XNNMultiply", "XNNConcatenate4", "XNNMaxPooling2d"} <= set(
@@ -203,6 +204,7 @@ def with_powers_of_two(name: str):
     return frozen
 
 
+@pytest.mark.slow
 def test_powers_of_two_make_additions_differ_and_are_refused():
     """Half-way cases are common then; XNNPACK rounds them up, the integer network to even."""
     torch.manual_seed(0)

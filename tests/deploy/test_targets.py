@@ -34,7 +34,7 @@ ONCE = {
 }
 """One width in ONNX Runtime and one in OpenVINO; `make test` has one of the two."""
 FIRST_IN_OPENVINO = {"bsrn", "fmen", "span", "nafnet", "swinir"}
-LONG = {"anchored", "bsrn", "imdn", "mirnet", "pooling", "rlfn", "span"}
+LONG = {"anchored", "bsrn", "imdn", "mirnet", "pooling", "rlfn", "span", "swinir"}
 """Long to export, or made of parts that others here have too; for `make test-all`."""
 
 

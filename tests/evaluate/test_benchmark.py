@@ -67,7 +67,12 @@ def test_bicubic_has_its_published_ssim_on_set5_x4(benchmark_set):
 
 @pytest.mark.data
 @pytest.mark.parametrize(
-    ("name", "reference_db"), [("Set5", 32.16), ("Set14", 28.65), ("B100", 27.61)]
+    ("name", "reference_db"),
+    [
+        ("Set5", 32.16),
+        pytest.param("Set14", 28.65, marks=pytest.mark.slow),
+        pytest.param("B100", 27.61, marks=pytest.mark.slow),
+    ],
 )
 def test_published_rfdn_has_its_psnr(development_data, benchmark_set, name, reference_db):
     network = build("rfdn")
