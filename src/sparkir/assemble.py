@@ -269,7 +269,7 @@ def task_of(
     """The losses of a recipe: its student under its teacher, by its method and weighting.
 
     Raises:
-        SparkirError: the method cannot compare these two networks.
+        SparkirError: the method cannot compare these two networks, or not all through the run.
     """
     if recipe.distill is None:
         return DistillationTask(student, weighting=source)
@@ -282,11 +282,19 @@ def task_of(
     )
     choice = recipe.distill
     options = {"encoder": choice.encoder} if choice.encoder else {}
+    chosen = method(choice.method, setting, factor=choice.feature_strength, **options)
+    scaled_later = recipe.quant is not None and recipe.quant.equalize and recipe.train.float_steps
+    if scaled_later and chosen.student_taps:  # a checkpoint does not hold the channels' factors
+        raise SparkirError(
+            f"distill.method = {choice.method!r} compares features, and train.float_steps would "
+            "scale their channels half-way (quant.equalize); set quant.equalize = false, or leave "
+            "train.float_steps out and start from trained student.weights"
+        )
     return DistillationTask(
         student,
         materials.teacher,
         weighting=source,
-        method=method(choice.method, setting, factor=choice.feature_strength, **options),
+        method=chosen,
         norm=choice.norm,
         strength=choice.strength,
         target=choice.target,
@@ -341,20 +349,8 @@ def gather(recipe: Recipe, report: Report = silent) -> Materials:
         student=student,
         crops=calibration_crops(train_pairs, recipe),
     )
-    task = task_of(recipe, student, weighting_of(recipe.weighting), materials)
-    _require_kept_channels(recipe, task)
+    task_of(recipe, student, weighting_of(recipe.weighting), materials)
     return materials
-
-
-def _require_kept_channels(recipe: Recipe, task: DistillationTask) -> None:
-    """Features are compared without the factors, which a checkpoint does not hold."""
-    scaled = recipe.quant is not None and recipe.quant.equalize and recipe.train.float_steps
-    if scaled and recipe.distill is not None and task.method.student_taps:
-        raise SparkirError(
-            f"distill.method = {recipe.distill.method!r} compares features, and train.float_steps "
-            "would scale their channels half-way (quant.equalize); set quant.equalize = false, or "
-            "leave train.float_steps out and start from trained student.weights"
-        )
 
 
 def _require_weights(recipe: Recipe) -> None:
