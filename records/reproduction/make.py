@@ -73,6 +73,7 @@ PAIRS = (
 )
 SR = (*PAIRS, "teacher.weights={data}/weights/RFDN/RFDN_AIM.pth")
 FAST = (*SR, "train.compile=true")
+URBAN20 = ("Urban20={data}/test/Urban20/HR",)
 LOW_LIGHT = (
     "data.train={data}/tasks/lowlight_LOL_train",
     "data.test={data}/tasks/lowlight_LOL_eval15",
@@ -142,24 +143,8 @@ RUNS: dict[str, Run] = {
         (*FAST, "train.steps=300", "train.learning_rate=1e-4"),
         seeds=2,
     ),
-    "rfdn-x4-w8a8-long": Run(
-        "twin-rfdn-rfdn-x4",
-        LONG,
-        (*FAST, "train.steps=3000", "train.learning_rate=1e-4", "quant.equalize=true"),
-        seeds=1,
-        more_tests=("Urban20={data}/test/Urban20/HR",),
-    ),
-    "rfdn-x4-w8a8-low-rate": Run(
-        "twin-rfdn-rfdn-x4",
-        LOW_RATE,
-        (*FAST, "train.steps=1000", "train.learning_rate=2e-5", "quant.equalize=true"),
-        seeds=1,
-        more_tests=("Urban20={data}/test/Urban20/HR",),
-    ),
     "rfdn-x4-w4a4": Run(str(HERE / "rfdn-x4.toml"), CONTROLS, SR),
-    "rfdn-x4-w4a4-urban20": Run(
-        str(HERE / "rfdn-x4.toml"), SCORED, SR, more_tests=("Urban20={data}/test/Urban20/HR",)
-    ),
+    "rfdn-x4-w4a4-urban20": Run(str(HERE / "rfdn-x4.toml"), SCORED, SR, more_tests=URBAN20),
     "rfdn-x4-w2a2": Run(str(HERE / "rfdn-x4.toml"), FEW, (*SR, *W2A2), seeds=2),
     "srcnn-x4": Run(
         "twin-rfdn-srcnn-x4",
@@ -183,12 +168,20 @@ RUNS: dict[str, Run] = {
             "train.teacher_cache=true",
         ),
         seeds=1,
-        more_tests=("Urban20={data}/test/Urban20/HR",),
+        more_tests=URBAN20,
         before=(("float-twin-srcnn-x2", *PAIRS, "train.steps=4000"),),
     ),
 }
+for name, methods, steps, rate in (
+    ("long", LONG, 3000, "1e-4"),
+    ("low-rate", LOW_RATE, 1000, "2e-5"),
+):
+    settings = (f"train.steps={steps}", f"train.learning_rate={rate}", "quant.equalize=true")
+    RUNS[f"rfdn-x4-w8a8-{name}"] = Run(
+        "twin-rfdn-rfdn-x4", methods, (*FAST, *settings), seeds=1, more_tests=URBAN20
+    )
 for first, seeds, more_tests in (
-    ("rfdn-x4-w4a4", 1, ("Urban20={data}/test/Urban20/HR",)),
+    ("rfdn-x4-w4a4", 1, URBAN20),
     ("lol-dncnn", 2, ()),
     ("lol-mirnet", 1, ()),
 ):

@@ -24,11 +24,6 @@ def one_thread() -> Iterator[None]:
     torch.set_num_threads(before)
 
 
-@pytest.fixture(autouse=True)
-def seed() -> None:
-    torch.manual_seed(0)
-
-
 @pytest.fixture(params=CASES, ids=lambda case: f"{case[0]} W{case[1]}A{case[1]}")
 def deployed(request) -> Deployed:
     return deploy(*request.param)
