@@ -27,6 +27,12 @@ def pytest_runtest_call() -> None:
     torch.manual_seed(0)
 
 
+@pytest.fixture(autouse=True, scope="module")
+def one_thread() -> None:
+    """Equal seeds give equal bits, and other work on the machine is left in peace."""
+    torch.set_num_threads(1)
+
+
 @pytest.fixture(scope="session")
 def development_data() -> Path:
     """The folder of benchmark sets and published weights; without it, the test is skipped."""

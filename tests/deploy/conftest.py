@@ -1,9 +1,7 @@
 import os
-from collections.abc import Iterator
 
 import exported
 import pytest
-import torch
 from exported import CASES, Deployed, deploy
 
 
@@ -13,15 +11,6 @@ def exported_once(tmp_path_factory) -> None:
     if "PYTEST_XDIST_WORKER" in os.environ:
         exported.shared_folder = tmp_path_factory.getbasetemp().parent / "exports"
         exported.shared_folder.mkdir(exist_ok=True)
-
-
-@pytest.fixture(autouse=True, scope="module")
-def one_thread() -> Iterator[None]:
-    """Leave other work on the machine in peace, fixtures of a whole module included."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 @pytest.fixture(params=CASES, ids=lambda case: f"{case[0]} W{case[1]}A{case[1]}")
