@@ -3,10 +3,11 @@
     python benchmarks/against_nncf.py RECIPE [KEY=VALUE ...] [--seeds N] [--json result.json]
 
 The recipe's student, as it is and trained: calibrated on the same crops, trained on the same
-batches with the same optimizer, rates and steps. NNCF quantizes by its defaults, in OpenVINO where
-nothing is trained and in torch where it is; here the target is `openvino`. Every row is what
-OpenVINO computes from the file, floating point in float32. Beside the PSNR: how many values of the
-test images are not those that the network as trained shows, and latency, in turn, of one thread.
+batches with the same optimizer, rates and steps. NNCF quantizes by its defaults, and by its preset
+of asymmetric grids for activations, in OpenVINO where nothing is trained and in torch where it is;
+here the target is `openvino`. Every row is what OpenVINO computes from the file, floating point in
+float32. Beside the PSNR: how many values of the test images are not those that the network as
+trained shows, and latency, in turn, of one thread.
 
 Needs `nncf`, and for its `strip` torchao; a C++ compiler for its first training step.
 """
@@ -49,7 +50,9 @@ from sparkir.run import qat_only, train_student, training_of
 from sparkir.train.optimize import rate_factor
 
 LATENCY_PX, REPEATS = 128, 15
-BASELINE = "NNCF, trained"
+BASELINE = "NNCF, mixed, trained"
+PERFORMANCE, MIXED = nncf.QuantizationPreset.PERFORMANCE, nncf.QuantizationPreset.MIXED
+"""Its default, symmetric grids throughout; and asymmetric ones for activations."""
 
 
 @dataclass
@@ -94,8 +97,10 @@ def rows(recipe: Recipe, materials: Materials, folder: Path) -> dict[str, Made]:
     here.mkdir()
     ways: dict[str, Callable[[Path], Made]] = {
         "float": lambda path: in_float(materials, path),
-        "NNCF": lambda path: calibrated_by_nncf(materials, path),
-        "NNCF, trained": lambda path: trained_by_nncf(recipe, materials, path),
+        "NNCF": lambda path: calibrated_by_nncf(materials, path, PERFORMANCE),
+        "NNCF, mixed": lambda path: calibrated_by_nncf(materials, path, MIXED),
+        "NNCF, trained": lambda path: trained_by_nncf(recipe, materials, path, PERFORMANCE),
+        "NNCF, mixed, trained": lambda path: trained_by_nncf(recipe, materials, path, MIXED),
         "sparkir": lambda path: calibrated_here(recipe, materials, path),
         "sparkir, trained": lambda path: trained_here(qat_only(recipe), materials, path),
         "sparkir, trained under the teacher": lambda path: trained_here(recipe, materials, path),
@@ -118,21 +123,27 @@ def in_float(materials: Materials, path: Path) -> Made:
     return Made(file, lambda lq: restore_image(materials.student, lq))
 
 
-def calibrated_by_nncf(materials: Materials, path: Path) -> Made:
+def calibrated_by_nncf(materials: Materials, path: Path, preset: nncf.QuantizationPreset) -> Made:
     crops = [crop.numpy() for crop in as_read(materials)]
     in_float(materials, path)
     model = openvino_core().read_model(path.with_suffix(".onnx"))
-    quantized = nncf.quantize(model, nncf.Dataset(crops), subset_size=len(crops))
+    dataset = nncf.Dataset(crops)
+    quantized = nncf.quantize(model, dataset, preset=preset, subset_size=len(crops))
     return Made(saved(quantized, path))
 
 
-def trained_by_nncf(recipe: Recipe, materials: Materials, path: Path) -> Made:
+def trained_by_nncf(
+    recipe: Recipe, materials: Materials, path: Path, preset: nncf.QuantizationPreset
+) -> Made:
     """NNCF's calibration, and then steps like those of `sparkir, trained`."""
     _, state = training_of(qat_only(recipe), materials)
     sampler, settings, facts = state.sampler, recipe.train, facts_of(materials.student)
     crops = as_read(materials)
     student = nncf.quantize(
-        copy.deepcopy(materials.student).eval(), nncf.Dataset(crops), subset_size=len(crops)
+        copy.deepcopy(materials.student).eval(),
+        nncf.Dataset(crops),
+        preset=preset,
+        subset_size=len(crops),
     )
     student.train()
     optimizer = torch.optim.Adam(student.parameters(), lr=settings.learning_rate)

@@ -36,7 +36,7 @@ from sparkir.run import versions
 HERE = Path(__file__).parent
 SETS = ("Set5", "Set14", "B100")
 TARGETS = ("onnxruntime", "openvino")
-CROPS, CROP_PX, CORNER_PX = 32, 48, 20
+CROPS, CROP_PX, CORNER_PX = 128, 48, 20
 
 
 @dataclass(frozen=True)
@@ -132,7 +132,7 @@ def measured(one: Published, data: Path, photographs: Path) -> dict[str, Any]:
 
 
 def calibration_crops(network: nn.Module, photographs: Path) -> list[Tensor]:
-    """Batches of eight crops in [0, 1], 32 in all, one from each of the first photographs."""
+    """Batches of eight crops in [0, 1], one from each of the first 128 photographs."""
     facts, crops = facts_of(network), []
     for path in sorted(photographs.iterdir())[:CROPS]:
         side = facts.scale * (CORNER_PX + CROP_PX + CORNER_PX)

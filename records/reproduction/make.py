@@ -49,7 +49,13 @@ NOISE = (
 TODAY = "degraded,teacher,ptq,qat,kd-matched,kd-matched@10,truth:spark,constant:spark,spark"
 SCORED = "degraded,teacher,float,ptq,qat,kd-matched,spark-paper,spark"
 LONG = "degraded,teacher,float,ptq,qat,spark"
-LOW_RATE = "degraded,teacher,float,ptq,qat,kd-matched@10,truth:spark,constant:spark,spark"
+LOW_RATE = (
+    "degraded,teacher,float,ptq,qat,kd-matched@10,truth:spark,constant:spark,random:spark,spark"
+)
+TWICE = (
+    "degraded,teacher,float,ptq,qat,kd,kd-mse@1,kd-matched,kd-matched@10,fakd,slkd,"
+    "constant:spark-paper,spark-paper,truth:spark,constant:spark,random:spark,spark"
+)
 IMITATION = "degraded,teacher,float,ptq,qat,kd,kd@20,kd-matched@20"
 
 
@@ -136,6 +142,27 @@ RUNS: dict[str, Run] = {
     ),
     "polyu-dncnn": REAL_NOISE,
     "polyu-dncnn-seeds": replace(REAL_NOISE, methods=NOISE, seeds=2),
+    "polyu-mirnet": Run(
+        "twin-mirnet-mirnet-sidd",
+        NOISE,
+        (
+            *POLYU,
+            "teacher.weights={out}/teacher-twin-mirnet-sidd/student.safetensors",
+            "student.weights=teacher",
+            "train.steps=300",
+            "train.float_steps=0",
+            "train.learning_rate=2e-4",
+            "train.channels_last=true",
+        ),
+        seeds=1,
+        before=(("teacher-twin-mirnet-sidd", *POLYU, "train.channels_last=true"),),
+    ),
+    "rfdn-x2-w8a8": Run(
+        "twin-rfdn-rfdn-x2",
+        TWICE,
+        (*PAIRS, "train.steps=300", "train.compile=true", "train.teacher_cache=true"),
+        more_tests=URBAN20,
+    ),
     "rfdn-x4-w8a8": Run("twin-rfdn-rfdn-x4", EIGHT_BITS, (*FAST, "train.steps=100"), seeds=2),
     "rfdn-x4-w8a8-imitation": Run(
         "twin-rfdn-rfdn-x4",

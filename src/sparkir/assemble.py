@@ -43,7 +43,6 @@ from sparkir.spark.weighting import Weighting, weighting
 
 Report = Callable[[dict[str, Any]], None]
 _CALIBRATION_SEED = 7_919
-_EQUALIZED_BATCHES = 3
 _TRIAL_PX = 24
 _OF_A_RUN = re.compile(r"runs/([\w-]+)/student\.safetensors")
 
@@ -197,7 +196,7 @@ def calibrate_student(prepared: nn.Module, spec: QuantSpec, crops: list[Tensor])
     device, facts = device_of(prepared), facts_of(prepared)
     seen = [as_seen(crop.to(device), facts) * facts.value_range for crop in crops]
     if spec.equalize:
-        equalize(cast("fx.GraphModule", prepared), seen[:_EQUALIZED_BATCHES])
+        equalize(cast("fx.GraphModule", prepared), seen)
     calibrate(prepared, seen, method=spec.calibration)
 
 

@@ -187,7 +187,7 @@ class Train(_Section):
     """What they may take of the disk."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """`auto` takes the GPU where there is one."""
-    calibration_images: Annotated[int, Field(ge=1, strict=True)] = 32
+    calibration_images: Annotated[int, Field(ge=1, strict=True)] = 128
     """Training crops that set the grids before the first step."""
     log_every: Annotated[int, Field(ge=1, strict=True)] = 10
     """Steps between two lines of the event stream."""

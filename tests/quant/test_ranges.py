@@ -54,6 +54,19 @@ def x(request):
     return (SIGNED | POSITIVE)[request.param]()
 
 
+def test_a_value_counts_as_much_in_a_small_batch_as_in_a_large():
+    observer = observed(torch.zeros(8 * SAMPLES), torch.ones(SAMPLES), torch.full((1,), 2.0))
+    kept = observer.sample()
+    assert kept.numel() == pytest.approx(SAMPLES, rel=1e-3)
+    assert float((kept == 1).float().mean()) == pytest.approx(1 / 9, rel=1e-3)
+    assert observer.high == 2.0  # of a single value too
+    many = observed(*[torch.full((SAMPLES,), float(batch)) for batch in range(40)])
+    assert float(many.sample().mean()) == pytest.approx(19.5, rel=0.02)
+    assert sum(part.numel() for part in many._kept) <= 16 * SAMPLES  # and memory is bounded
+    equal = observed(torch.zeros(3 * SAMPLES), torch.ones(3 * SAMPLES)).sample()
+    assert float(equal.mean()) == pytest.approx(0.5, rel=1e-3)
+
+
 # -- extremes ------------------------------------------------------------------------------------
 
 

@@ -9,7 +9,7 @@ channels of any graph are chosen together, for the least noise that is to be exp
     + sum over weights o, i           (range of row o / levels)^2 / 12      * G_oi * f_i^2
 
 with the factors f, ranges of what is stored, and G the squared gradient of the output by what
-is rounded, which one backward pass with random signs measures.
+is rounded, which backward passes with random signs measure.
 """
 
 from __future__ import annotations
@@ -28,6 +28,8 @@ from sparkir.quant.layers import QuantConv2d
 from sparkir.quant.quantizer import ActivationQuantizer
 
 _ROUNDS, _RATE = 300, 0.1
+_WITH_GRADIENTS = 3
+"""Batches; ranges want all of them, as what is not seen is cut off."""
 _TO_ONE = 0.2
 """What the mean squared logarithm of the factors costs, beside the logarithm of the noise."""
 
@@ -157,8 +159,13 @@ class _Noise:
         kept = {parameter: parameter.grad for parameter in student.parameters()}
         student.zero_grad()
         count = 0
-        with torch.enable_grad():
-            for count, batch in enumerate(batches, 1):  # noqa: B007 - how many there were
+        for batch in batches:
+            if count == _WITH_GRADIENTS:
+                with torch.no_grad():
+                    reader.run(batch)
+                continue
+            count += 1
+            with torch.enable_grad():
                 output = reader.run(batch)
                 signs = torch.randint(2, output.shape, generator=draw).to(output) * 2 - 1
                 (output * signs).sum().div(output.numel() ** 0.5).backward()

@@ -16,6 +16,7 @@ from sparkir.errors import SparkirError
 Method = Literal["mse", "percentile", "minmax"]
 SAMPLES = 65_521
 """A prime: steps between samples then share no factor with a row, or one column would be all."""
+_MOST = 16 * SAMPLES
 _ENOUGH = 4096
 _SMALLEST_SHARE = 0.01
 _SMALLEST_STEP = 2.0**-8
@@ -23,12 +24,17 @@ PERCENTILE = 0.999
 
 
 class RangeObserver:
-    """Keeps the extremes and an even sample of every tensor that passes."""
+    """Keeps the extremes and an even sample of every tensor that passes.
+
+    All are thinned alike, so that a value counts as much in a small batch as in a large one.
+    """
 
     def __init__(self) -> None:
         """Start empty."""
         self.low, self.high = float("inf"), float("-inf")
         self._kept: list[Tensor] = []
+        self._thinned = 0
+        """How many values become SAMPLES."""
 
     @torch.no_grad()
     def record(self, x: Tensor) -> None:
@@ -45,18 +51,23 @@ class RangeObserver:
                 "check its weights and its value range"
             )
         self.low, self.high = min(self.low, low), max(self.high, high)
-        self._kept.append(_evenly(flat))
+        self._thinned = self._thinned or max(flat.numel(), SAMPLES)
+        self._kept.append(_evenly(flat, flat.numel() * SAMPLES // self._thinned))
+        if sum(part.numel() for part in self._kept) > _MOST:
+            self._kept = [part[::2].clone() for part in self._kept]
+            self._thinned *= 2
 
     def sample(self) -> Tensor:
         """(n,) at most SAMPLES values, spread evenly over everything recorded."""
-        return _evenly(torch.cat(self._kept))
+        return _evenly(torch.cat(self._kept), SAMPLES)
 
 
-def _evenly(flat: Tensor) -> Tensor:
-    """A copy of at most SAMPLES values of `flat` (n,)."""
-    if flat.numel() <= SAMPLES:
+def _evenly(flat: Tensor, count: int) -> Tensor:
+    """A copy of at most `count` values of `flat` (n,), one at least."""
+    if flat.numel() <= count:
         return flat.clone()
-    return flat[torch.arange(SAMPLES, device=flat.device) * flat.numel() // SAMPLES]
+    count = max(1, count)
+    return flat[torch.arange(count, device=flat.device) * flat.numel() // count]
 
 
 def fit_grid(
