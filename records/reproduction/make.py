@@ -52,6 +52,9 @@ LONG = "degraded,teacher,float,ptq,qat,spark"
 LOW_RATE = (
     "degraded,teacher,float,ptq,qat,kd-matched@10,truth:spark,constant:spark,random:spark,spark"
 )
+AS_ITS_TEACHER = (
+    "degraded,teacher,float,ptq,qat,kd,kd-matched@10,spark-paper,truth:spark,constant:spark,spark"
+)
 TWICE = (
     "degraded,teacher,float,ptq,qat,kd,kd-mse@1,kd-matched,kd-matched@10,fakd,slkd,"
     "constant:spark-paper,spark-paper,truth:spark,constant:spark,random:spark,spark"
@@ -144,7 +147,7 @@ RUNS: dict[str, Run] = {
     "polyu-dncnn-seeds": replace(REAL_NOISE, methods=NOISE, seeds=2),
     "polyu-mirnet": Run(
         "twin-mirnet-mirnet-sidd",
-        NOISE,
+        AS_ITS_TEACHER,
         (
             *POLYU,
             "teacher.weights={out}/teacher-twin-mirnet-sidd/student.safetensors",
@@ -161,6 +164,7 @@ RUNS: dict[str, Run] = {
         "twin-rfdn-rfdn-x2",
         TWICE,
         (*PAIRS, "train.steps=300", "train.compile=true", "train.teacher_cache=true"),
+        seeds=1,
         more_tests=URBAN20,
     ),
     "rfdn-x4-w8a8": Run("twin-rfdn-rfdn-x4", EIGHT_BITS, (*FAST, "train.steps=100"), seeds=2),
@@ -199,13 +203,13 @@ RUNS: dict[str, Run] = {
         before=(("float-twin-srcnn-x2", *PAIRS, "train.steps=4000"),),
     ),
 }
-for name, methods, steps, rate in (
-    ("long", LONG, 3000, "1e-4"),
-    ("low-rate", LOW_RATE, 1000, "2e-5"),
+for name, methods, steps, rate, seeds in (
+    ("long", LONG, 3000, "1e-4", 1),
+    ("low-rate", LOW_RATE, 1000, "2e-5", 2),
 ):
     settings = (f"train.steps={steps}", f"train.learning_rate={rate}", "quant.equalize=true")
     RUNS[f"rfdn-x4-w8a8-{name}"] = Run(
-        "twin-rfdn-rfdn-x4", methods, (*FAST, *settings), seeds=1, more_tests=URBAN20
+        "twin-rfdn-rfdn-x4", methods, (*FAST, *settings), seeds, more_tests=URBAN20
     )
 for first, seeds, more_tests in (
     ("rfdn-x4-w4a4", 1, URBAN20),

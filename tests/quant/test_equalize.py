@@ -235,3 +235,13 @@ def test_a_channel_keeps_its_number_from_image_to_image():
     calibrate(one_by_one, [x], method="minmax")
     with torch.no_grad():
         assert F.mse_loss(one_by_one(x), network(x)).item() < even / 2
+
+
+def test_ranges_are_of_all_batches_and_gradients_of_the_first_three():
+    network = Uneven().eval()
+    dull = 0.5 + 0.1 * images(network, 2)
+    student = prepare(network, QuantSpec()).eval()
+    before, _ = equalize(copy.deepcopy(student), [dull] * 3)
+    more, _ = equalize(copy.deepcopy(student), [dull] * 3 + [2 * dull])
+    assert more.tensors > 1.1 * before.tensors  # grids are wider
+    assert more.weights == before.weights
