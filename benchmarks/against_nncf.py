@@ -50,7 +50,7 @@ from sparkir.run import qat_only, train_student, training_of
 from sparkir.train.optimize import rate_factor
 
 LATENCY_PX, REPEATS = 128, 15
-BASELINE = "NNCF, mixed, trained"
+BASELINE = "NNCF, trained"
 PERFORMANCE, MIXED = nncf.QuantizationPreset.PERFORMANCE, nncf.QuantizationPreset.MIXED
 """Its default, symmetric grids throughout; and asymmetric ones for activations."""
 
