@@ -112,6 +112,13 @@ REAL_NOISE = Run(
         ("float-twin-dncnn-sidd", *POLYU),
     ),
 )
+FROM_ITS_TEACHER = (
+    "student.weights=teacher",
+    "train.steps=300",
+    "train.float_steps=0",
+    "train.learning_rate=2e-4",
+    "train.channels_last=true",
+)
 W2A2 = ("quant.weight_bits=2", "quant.activation_bits=2")
 RUNS: dict[str, Run] = {
     "lol-dncnn": Run(
@@ -134,11 +141,7 @@ RUNS: dict[str, Run] = {
         (
             *LOW_LIGHT,
             "teacher.weights={out}/teacher-twin-mirnet-lol/student.safetensors",
-            "student.weights=teacher",
-            "train.steps=300",
-            "train.float_steps=0",
-            "train.learning_rate=2e-4",
-            "train.channels_last=true",
+            *FROM_ITS_TEACHER,
         ),
         seeds=2,
         before=(("teacher-twin-mirnet-lol", *LOW_LIGHT, "train.channels_last=true"),),
@@ -151,11 +154,7 @@ RUNS: dict[str, Run] = {
         (
             *POLYU,
             "teacher.weights={out}/teacher-twin-mirnet-sidd/student.safetensors",
-            "student.weights=teacher",
-            "train.steps=300",
-            "train.float_steps=0",
-            "train.learning_rate=2e-4",
-            "train.channels_last=true",
+            *FROM_ITS_TEACHER,
         ),
         seeds=1,
         before=(("teacher-twin-mirnet-sidd", *POLYU, "train.channels_last=true"),),
