@@ -19,6 +19,11 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 HERE = Path(__file__).parent
+ROWS = (
+    "degraded,teacher,float,ptq,qat,kd,kd-mse@1,kd-matched,kd-matched@10,fakd,slkd,"
+    "fixed:student_error,constant:spark-paper,spark-paper,"
+    "truth:spark,constant:spark,random:spark,spark"
+)
 PAPER = (
     "degraded,teacher,float,ptq,qat,truth,kd,kd-mse@1,fakd,slkd,"
     "constant:spark-paper,random:spark-paper,spark-paper,spark"
@@ -119,7 +124,12 @@ FROM_ITS_TEACHER = (
     "train.learning_rate=2e-4",
     "train.channels_last=true",
 )
-W2A2 = ("quant.weight_bits=2", "quant.activation_bits=2")
+W2A2 = (
+    "quant.weight_bits=2",
+    "quant.activation_bits=2",
+    "quant.equalize=true",
+    "train.calibration_images=128",
+)
 RUNS: dict[str, Run] = {
     "lol-dncnn": Run(
         "twin-mirnet-dncnn-lol",
@@ -175,10 +185,10 @@ RUNS: dict[str, Run] = {
     ),
     "rfdn-x4-w4a4": Run(str(HERE / "rfdn-x4.toml"), CONTROLS, SR),
     "rfdn-x4-w4a4-urban20": Run(str(HERE / "rfdn-x4.toml"), SCORED, SR, more_tests=URBAN20),
-    "rfdn-x4-w2a2": Run(str(HERE / "rfdn-x4.toml"), FEW, (*SR, *W2A2), seeds=2),
+    "rfdn-x4-w2a2": Run(str(HERE / "rfdn-x4.toml"), ROWS, (*SR, *W2A2), seeds=2),
     "srcnn-x4": Run(
         "twin-rfdn-srcnn-x4",
-        ALL,
+        "dckd,kd-mse@100," + ROWS,
         (
             *SR,
             "student.weights={out}/float-twin-srcnn-x4/student.safetensors",
@@ -190,7 +200,7 @@ RUNS: dict[str, Run] = {
     ),
     "srcnn-x2": Run(
         "twin-rfdn-srcnn-x2",
-        ONE_SEED,
+        ROWS,
         (
             *PAIRS,
             "student.weights={out}/float-twin-srcnn-x2/student.safetensors",

@@ -100,6 +100,25 @@ class Twins(nn.Module):
         return self.tail(twice + self.fourth(self.third(features)))
 
 
+class Branches(nn.Module):
+    """Functions of one value behind layers, and in front of an addition."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.facts = ModelFacts(
+            name="branches", scale=1, channels=3, value_range=1.0, taps=("head",), halo_px=9
+        )
+        self.head, self.first, self.second, self.third = (
+            nn.Conv2d(channels, 8, 3, padding=1) for channels in (3, 8, 8, 8)
+        )
+        self.tail = nn.Conv2d(8, 3, 3, padding=1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = F.relu(self.head(x))
+        x = F.leaky_relu(self.first(x), 0.1) + F.gelu(self.second(x))
+        return self.tail(x + torch.sigmoid(self.third(x)))
+
+
 def with_trained_norms(network: nn.Module) -> nn.Module:
     """Give what starts as ones and zeros, or small, values as training leaves them."""
     for name, parameter in network.named_parameters():
@@ -135,6 +154,7 @@ NETWORKS: dict[str, Callable[[], nn.Module]] = {
     ),
     "swinir": lambda: with_trained_norms(build("swinir", width=8, depths=[2], heads=2)),
     "twins": Twins,
+    "branches": Branches,
 }
 
 

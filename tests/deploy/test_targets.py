@@ -109,6 +109,11 @@ def test_one_file_shows_the_same_pixels_in_both_runtimes(name, grid):
     assert both(found) == [0, 0]
 
 
+def test_openvino_rounds_to_the_grid_of_a_function_before_an_addition():
+    """Fused with the layer and the addition, it would leave the function's grids out."""
+    assert deploy("branches", 8, 8, "openvino").parity.differing_pixels == 0
+
+
 def both(found: Deployed) -> list[int]:
     torch.manual_seed(1)
     image = [images(found.facts, 1, 40, 33)]

@@ -8,6 +8,7 @@ from torch import nn
 from sparkir.models.facts import ModelFacts
 from sparkir.quant.calibrate import activation_quantizers, calibrate, leave_in_float
 from sparkir.quant.interpolate import ExactBilinear
+from sparkir.quant.layers import Add
 from sparkir.quant.prepare import placement_of, prepare
 from sparkir.quant.spec import QuantSpec
 
@@ -40,6 +41,23 @@ class Resizes(nn.Module):
     def forward(self, x):
         small = self.head(x)
         return self.tail(F.interpolate(small, size=(x.size(2), x.size(3)), **self.words))
+
+
+class Masks(nn.Module):
+    """As spatial attention does: sums on a coarse grid, interpolated, and added to others."""
+
+    facts = ModelFacts(name="masks", scale=1, channels=3, value_range=1.0, taps=(), halo_px=9)
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.head, self.coarse, self.tail = (nn.Conv2d(c, 4, 3, 1, 1) for c in (3, 4, 4))
+        self.fine, self.last = nn.Conv2d(4, 4, 1), nn.Conv2d(4, 3, 1)
+
+    def forward(self, x):
+        x = F.relu(self.head(x))
+        size = (x.size(2), x.size(3))
+        mask = F.interpolate(self.coarse(F.max_pool2d(x, 7, 3)), size=size, mode="bilinear")
+        return self.last(self.tail(mask + self.fine(x)))
 
 
 class Enlarges(nn.Module):
@@ -109,6 +127,26 @@ def test_other_resizes_stay_in_float(enlarge):
     assert not any(isinstance(m, ExactBilinear) for m in student.modules())
     (reason,) = placement_of(student).left_in_float.values()
     assert reason == "interpolation makes values between grid points"
+
+
+@pytest.mark.parametrize("target", ["portable", "openvino"])
+def test_what_is_interpolated_and_added_is_exact(target):
+    """In float32 as in float64, so that no order of operations makes a difference."""
+    torch.manual_seed(0)
+    student = prepare(Masks(), QuantSpec(target=target))
+    calibrate(student, [torch.rand(2, 3, 40, 37).mul(255).round() / 255])
+    student.eval()
+    seen = {}
+    for name, module in student.named_modules():
+        if isinstance(module, ExactBilinear | Add):
+            module.register_forward_hook(lambda m, i, o, name=name: seen.update({name: (m, i, o)}))
+    with torch.no_grad():
+        student(torch.rand(1, 3, 40, 37).mul(255).round() / 255)
+    assert len(seen) == 2
+    for module, inputs, result in seen.values():
+        exact = module(*(x.double() if isinstance(x, torch.Tensor) else x for x in inputs))
+        if isinstance(result, torch.Tensor):  # where sums flow on; else a grid's own addition
+            assert torch.equal(result.double(), exact)
 
 
 @pytest.mark.parametrize(

@@ -67,6 +67,13 @@ def repeats_pixels(resize: dict[str, Any]) -> bool:
     return nearest and _whole_factors(resize) is not None
 
 
+def is_interpolation(node: fx.Node, module: fx.GraphModule) -> bool:
+    """Whether it is one that `make_interpolation_exact` has put in."""
+    return node.op == "call_module" and isinstance(
+        module.get_submodule(str(node.target)), ExactBilinear
+    )
+
+
 def make_interpolation_exact(module: fx.GraphModule) -> None:
     """Replace every bilinear resize in a traced network, to a size or by a whole factor."""
     for node in list(module.graph.nodes):

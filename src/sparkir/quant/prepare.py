@@ -33,7 +33,7 @@ from sparkir.quant.graph import (
     reason_for_float,
     trace,
 )
-from sparkir.quant.interpolate import make_interpolation_exact
+from sparkir.quant.interpolate import is_interpolation, make_interpolation_exact
 from sparkir.quant.layers import (
     AbsorbedReLU,
     Add,
@@ -275,11 +275,12 @@ class _Plan:
         """What must be made on a grid, although its readers take real values.
 
         No two libraries compute an exponential alike; and where real values flow, a product of
-        them is exact only if few bits come in.
+        them is exact only if few bits come in, and so is an interpolation.
         """
         found = {n for n in self.tensors if n in self.tables or is_exponential(n, module)}
+        multiplies = (Kind.MULTIPLY, Kind.MATRIX_PRODUCT, Kind.AVERAGE)
         for node in self.tensors if self.fuses else []:
-            if self.kinds[node] in (Kind.MULTIPLY, Kind.MATRIX_PRODUCT, Kind.AVERAGE):
+            if self.kinds[node] in multiplies or is_interpolation(node, module):
                 found.update(self._maker(source) for source in self.tensor_inputs(node))
         return found
 

@@ -5,10 +5,11 @@ a bias or a zero point, which way they round a tie. None of that can matter if
 
 * the multiplier from a layer's sums to its grid is an odd fraction, 2**k / odd: no sum then comes
   near a tie (`arithmetic.to_odd_fraction`);
-* additions and products work on steps that are powers of two: all terms are then exact, and so is
-  the sum. Sums of a layer that go on in real values count whole parts of the step of the grid that
-  they reach, 2**15 to a step, for the same reason. The image's own step is no power of two: there
-  they count an odd number of parts to a step, and a sum is near a tie no more than an odd fraction;
+* additions, products and interpolations work on steps that are powers of two: all terms are then
+  exact, and so is the sum. Sums of a layer that go on in real values count whole parts of the step
+  of the grid that they reach, 2**15 to a step, for the same reason. The image's own step is no
+  power of two: there they count an odd number of parts to a step, and a sum is near a tie no more
+  than an odd fraction;
 * a grid that is read as real values is symmetric: no zero point is left to be multiplied out;
 * a function of one value, the slope of a LeakyReLU included, reads a grid and not sums: a product
   of sums with it has more bits than float32, and may come to lie on either side of a tie.
@@ -25,6 +26,7 @@ from torch import fx, nn
 
 from sparkir.quant.fixed import Fixed
 from sparkir.quant.graph import Tap
+from sparkir.quant.interpolate import ExactBilinear
 from sparkir.quant.layers import (
     AbsorbedReLU,
     Add,
@@ -37,7 +39,7 @@ from sparkir.quant.layers import (
 )
 from sparkir.quant.quantizer import ActivationQuantizer
 
-_IN_POWERS_OF_TWO = (Add, Multiply, MatrixProduct, Fixed)
+_IN_POWERS_OF_TWO = (Add, Multiply, MatrixProduct, Fixed, ExactBilinear)
 _MOVES = (Tap, PassThrough, Concatenate)
 
 
