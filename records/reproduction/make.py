@@ -37,11 +37,6 @@ SELF = (
     "degraded,teacher,float,ptq,qat,truth,kd,kd-mse@1,kd-matched,fakd,slkd,"
     "constant:spark-paper,spark-paper,spark"
 )
-ONE_SEED = (
-    "degraded,teacher,float,ptq,qat,truth,kd,kd-mse@1,kd-mse@20,kd-mse@100,kd-matched,fakd,"
-    "spark-paper,spark"
-)
-ALL = "fakd,dckd,slkd," + CONTROLS
 BASELINES = (
     *("truth", "truth:spark", "kd", "kd-mse@1", "kd-matched@10"),
     *("constant:spark-paper", "random:spark-paper", "float"),
@@ -55,7 +50,8 @@ TODAY = "degraded,teacher,ptq,qat,kd-matched,kd-matched@10,truth:spark,constant:
 SCORED = "degraded,teacher,float,ptq,qat,kd-matched,spark-paper,spark"
 LONG = "degraded,teacher,float,ptq,qat,spark"
 LOW_RATE = (
-    "degraded,teacher,float,ptq,qat,kd-matched@10,truth:spark,constant:spark,random:spark,spark"
+    "degraded,teacher,float,ptq,qat,kd,kd-mse@1,kd-matched@10,fakd,slkd,spark-paper,"
+    "truth:spark,constant:spark,random:spark,spark"
 )
 AS_ITS_TEACHER = (
     "degraded,teacher,float,ptq,qat,kd,kd-matched@10,spark-paper,truth:spark,constant:spark,spark"
@@ -124,12 +120,7 @@ FROM_ITS_TEACHER = (
     "train.learning_rate=2e-4",
     "train.channels_last=true",
 )
-W2A2 = (
-    "quant.weight_bits=2",
-    "quant.activation_bits=2",
-    "quant.equalize=true",
-    "train.calibration_images=128",
-)
+W2A2 = ("quant.weight_bits=2", "quant.activation_bits=2")
 RUNS: dict[str, Run] = {
     "lol-dncnn": Run(
         "twin-mirnet-dncnn-lol",
@@ -185,7 +176,7 @@ RUNS: dict[str, Run] = {
     ),
     "rfdn-x4-w4a4": Run(str(HERE / "rfdn-x4.toml"), CONTROLS, SR),
     "rfdn-x4-w4a4-urban20": Run(str(HERE / "rfdn-x4.toml"), SCORED, SR, more_tests=URBAN20),
-    "rfdn-x4-w2a2": Run(str(HERE / "rfdn-x4.toml"), ROWS, (*SR, *W2A2), seeds=2),
+    "rfdn-x4-w2a2": Run(str(HERE / "rfdn-x4.toml"), FEW, (*SR, *W2A2), seeds=2),
     "srcnn-x4": Run(
         "twin-rfdn-srcnn-x4",
         "dckd,kd-mse@100," + ROWS,
