@@ -1,4 +1,4 @@
-"""Measures the published networks: as published, and as integers without training.
+"""Measures the published networks: as published, as integers without training, and as files.
 
     python records/networks/make.py DATA PHOTOGRAPHS [NAME ...]
 
@@ -11,6 +11,7 @@ weights and images is part of this repository.
 
 import json
 import sys
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from fractions import Fraction
 from pathlib import Path
@@ -18,11 +19,14 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 
 from sparkir.assemble import quantize_student
 from sparkir.data.degrade import bicubic_resize, mod_crop
 from sparkir.data.images import read_image
+from sparkir.deploy.onnx import to_onnx
+from sparkir.deploy.runtime import RuntimeNetwork
+from sparkir.deploy.session import Runtime
 from sparkir.evaluate.infer import restore_image
 from sparkir.evaluate.metrics import Convention, psnr_db
 from sparkir.models.checkpoint import load_weights
@@ -35,7 +39,8 @@ from sparkir.run import versions
 
 HERE = Path(__file__).parent
 SETS = ("Set5", "Set14", "B100")
-TARGETS = ("onnxruntime", "openvino")
+TARGETS: tuple[Runtime, ...] = ("onnxruntime", "openvino")
+"""And the runtimes that execute their files."""
 CROPS, CROP_PX, CORNER_PX = 128, 48, 20
 
 
@@ -53,7 +58,12 @@ def _published(*values: float) -> dict[str, float]:
     return dict(zip(SETS, values, strict=True))
 
 
-PRINTED = ("psnr_db", "ptq_w8a8_set5_psnr_db", "ptq_w8a8_set5_psnr_db_equalized")
+PRINTED = (
+    "psnr_db",
+    "ptq_w8a8_set5_psnr_db",
+    "ptq_w8a8_set5_psnr_db_equalized",
+    "set5_values_that_differ_in_the_runtime",
+)
 NETWORKS = {
     "RFDN (AIM 2020) x4": Published("rfdn", "RFDN/RFDN_AIM.pth", {}),
     "RLFN-S x2": Published(
@@ -111,13 +121,16 @@ def measured(one: Published, data: Path, photographs: Path) -> dict[str, Any]:
     load_weights(network, data / "weights" / one.weights)
     crops = calibration_crops(network, photographs)
 
-    def without_training(*, equalize: bool) -> dict[str, float]:
-        specs = {target: QuantSpec(target=target, equalize=equalize) for target in TARGETS}
-        return {
-            target: mean_psnr_db(freeze(quantize_student(network, spec, crops)), data / "test/Set5")
-            for target, spec in specs.items()
+    set5 = data / "test/Set5"
+    as_it_is, equalized = (
+        {
+            target: freeze(
+                quantize_student(network, QuantSpec(target=target, equalize=equalize), crops)
+            )
+            for target in TARGETS
         }
-
+        for equalize in (False, True)
+    )
     return {
         "model": one.model,
         "options": one.options,
@@ -125,8 +138,15 @@ def measured(one: Published, data: Path, photographs: Path) -> dict[str, Any]:
         "parameters": sum(parameter.numel() for parameter in network.parameters()),
         "published_psnr_db": one.psnr_db,
         "psnr_db": {name: mean_psnr_db(network, data / "test" / name) for name in SETS},
-        "ptq_w8a8_set5_psnr_db": without_training(equalize=False),
-        "ptq_w8a8_set5_psnr_db_equalized": without_training(equalize=True),
+        "ptq_w8a8_set5_psnr_db": {
+            target: mean_psnr_db(integer, set5) for target, integer in as_it_is.items()
+        },
+        "ptq_w8a8_set5_psnr_db_equalized": {
+            target: mean_psnr_db(integer, set5) for target, integer in equalized.items()
+        },
+        "set5_values_that_differ_in_the_runtime": {
+            target: differing(integer, target, set5) for target, integer in equalized.items()
+        },
         "left_in_float": placement_of(prepare(network, QuantSpec())).left_in_float,
     }
 
@@ -145,7 +165,25 @@ def calibration_crops(network: nn.Module, photographs: Path) -> list[Tensor]:
 def mean_psnr_db(network: nn.Module, folder: Path) -> float:
     """Over a benchmark set."""
     scale = facts_of(network).scale
-    found = []
+    found = [
+        psnr_db(restore_image(network, lq), gt, _convention(scale))
+        for lq, gt in benchmark(folder, scale)
+    ]
+    return round(float(np.mean(found)), 3)
+
+
+def differing(integer: fx.GraphModule, runtime: Runtime, folder: Path) -> float:
+    """The share of values that the exported file shows otherwise than the integer network."""
+    executed = RuntimeNetwork(to_onnx(integer).SerializeToString(), runtime=runtime)
+    differ = [
+        (restore_image(integer, lq) != restore_image(executed, lq)).ravel()
+        for lq, _ in benchmark(folder, facts_of(integer).scale)
+    ]
+    return float(np.concatenate(differ).mean())
+
+
+def benchmark(folder: Path, scale: int) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    """Small images and large ones."""
     for path in sorted((folder / "HR").iterdir()):
         gt = mod_crop(read_image(path), scale)
         published = folder / f"LR_bicubic/X{scale}" / f"{path.stem}x{scale}.png"
@@ -153,8 +191,7 @@ def mean_psnr_db(network: nn.Module, folder: Path) -> float:
             lq = read_image(published)
         else:
             lq = bicubic_resize(gt, scale=Fraction(1, scale), border="replicate")
-        found.append(psnr_db(restore_image(network, lq), gt, _convention(scale)))
-    return round(float(np.mean(found)), 3)
+        yield lq, gt
 
 
 def _convention(scale: int) -> Convention:

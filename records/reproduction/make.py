@@ -19,11 +19,6 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 HERE = Path(__file__).parent
-ROWS = (
-    "degraded,teacher,float,ptq,qat,kd,kd-mse@1,kd-matched,kd-matched@10,fakd,slkd,"
-    "fixed:student_error,constant:spark-paper,spark-paper,"
-    "truth:spark,constant:spark,random:spark,spark"
-)
 PAPER = (
     "degraded,teacher,float,ptq,qat,truth,kd,kd-mse@1,fakd,slkd,"
     "constant:spark-paper,random:spark-paper,spark-paper,spark"
@@ -37,9 +32,14 @@ SELF = (
     "degraded,teacher,float,ptq,qat,truth,kd,kd-mse@1,kd-matched,fakd,slkd,"
     "constant:spark-paper,spark-paper,spark"
 )
+ONE_SEED = (
+    "degraded,teacher,float,ptq,qat,truth,kd,kd-mse@1,kd-mse@20,kd-mse@100,kd-matched,fakd,"
+    "spark-paper,spark"
+)
+ALL = "fakd,dckd,slkd," + CONTROLS
 BASELINES = (
     *("truth", "truth:spark", "kd", "kd-mse@1", "kd-matched@10"),
-    *("constant:spark-paper", "random:spark-paper", "float"),
+    *("slkd", "spark-paper", "constant:spark-paper", "random:spark-paper", "float"),
 )
 FEW = "degraded,teacher,ptq,qat,truth,kd-matched,spark-paper,spark"
 NOISE = (
@@ -179,7 +179,7 @@ RUNS: dict[str, Run] = {
     "rfdn-x4-w2a2": Run(str(HERE / "rfdn-x4.toml"), FEW, (*SR, *W2A2), seeds=2),
     "srcnn-x4": Run(
         "twin-rfdn-srcnn-x4",
-        "dckd,kd-mse@100," + ROWS,
+        ALL,
         (
             *SR,
             "student.weights={out}/float-twin-srcnn-x4/student.safetensors",
@@ -191,7 +191,7 @@ RUNS: dict[str, Run] = {
     ),
     "srcnn-x2": Run(
         "twin-rfdn-srcnn-x2",
-        ROWS,
+        ONE_SEED,
         (
             *PAIRS,
             "student.weights={out}/float-twin-srcnn-x2/student.safetensors",
