@@ -136,13 +136,23 @@ def _translations() -> dict[Any, Callable[..., Any]]:
 
     op: Any = opset21  # its annotations speak of eager values, not of the graph being written
 
-    def write_qdq(x: Any, scale: Any, zero: Any, low: int, top: int, name: str) -> Any:  # noqa: ANN401
+    def write_qdq(
+        x: Any,  # noqa: ANN401
+        scale: Any,  # noqa: ANN401
+        zero: Any,  # noqa: ANN401
+        low: int,
+        top: int,
+        name: str,
+        apart: bool = False,
+    ) -> Any:  # noqa: ANN401
         stored = op.QuantizeLinear(x, scale, zero)
         stored.name = _GRID + name
         if top - low < 255:  # a narrower grid in bytes
             kind = 2 if low == 0 else 3  # uint8, int8
             bounds = (op.Cast(op.Constant(value_int=v), to=kind) for v in (low, top))
             stored = op.Clip(stored, *bounds)
+        if apart:
+            stored, _ = op.MaxPool(stored, kernel_shape=(1, 1))
         return op.DequantizeLinear(stored, scale, zero)
 
     def write_dequantize(ints: Any, scale: Any, zero: Any = None) -> Any:  # noqa: ANN401

@@ -31,10 +31,19 @@ _RESHAPES = {
 
 
 @torch.library.custom_op("sparkir::qdq", mutates_args=())
-def qdq(x: Tensor, scale: Tensor, zero: Tensor, low: int, top: int, name: str = "") -> Tensor:
+def qdq(
+    x: Tensor,
+    scale: Tensor,
+    zero: Tensor,
+    low: int,
+    top: int,
+    name: str = "",
+    apart: bool = False,
+) -> Tensor:
     """Round `x` to stored numbers low .. top and back. scale (), zero () uint8 or int8.
 
-    `name` is that of the call, which the exported node keeps.
+    `name` is that of the call, which the exported node keeps. `apart` puts something between the
+    two steps that no runtime fuses across; `x` is (B, C, H, W) then.
     """
     stored = (x / scale).round() + zero
     return (stored.clamp(low, top) - zero) * scale
@@ -58,7 +67,15 @@ def _(x: Tensor) -> Tensor:
 
 
 @qdq.register_fake
-def _(x: Tensor, scale: Tensor, zero: Tensor, low: int, top: int, name: str = "") -> Tensor:
+def _(
+    x: Tensor,
+    scale: Tensor,
+    zero: Tensor,
+    low: int,
+    top: int,
+    name: str = "",
+    apart: bool = False,
+) -> Tensor:
     return torch.empty_like(x)
 
 
@@ -78,9 +95,9 @@ class QdqGrid(nn.Module):
         self.low = grid.stored_zero - grid.zero_level
         self.top = self.low + grid.levels - 1
 
-    def forward(self, x: Tensor, name: str = "") -> Tensor:
+    def forward(self, x: Tensor, name: str = "", apart: bool = False) -> Tensor:
         """Real values on the grid, for the call of this name."""
-        return cast("Tensor", qdq(x, self.scale, self.zero, self.low, self.top, name))
+        return cast("Tensor", qdq(x, self.scale, self.zero, self.low, self.top, name, apart))
 
 
 class QdqLayer(nn.Module):
@@ -161,7 +178,8 @@ def to_qdq(frozen: fx.GraphModule) -> fx.GraphModule:
     """A copy of an integer network in QDQ form."""
     view: Any = copy.deepcopy(frozen)
     find_integers(view)
-    fuses = placement_of(frozen).spec.runs_on.fuses
+    runs_on = placement_of(frozen).spec.runs_on
+    fuses = runs_on.fuses
     adds_bias = fuses and _multiplies_reshaped(view)
     words: Any = {"in_rows": not fuses, "adds_bias": adds_bias, "says_zero": fuses}
     for name, module in list(view.named_modules()):
@@ -174,7 +192,7 @@ def to_qdq(frozen: fx.GraphModule) -> fx.GraphModule:
     for call in grid_calls(view):
         call.args = (*call.args, call.name)
     _keep_in_float(view)
-    if fuses:
+    if runs_on.runtime == "openvino":
         _keep_apart(view)
     view.recompile()
     return cast("fx.GraphModule", view)
@@ -216,31 +234,29 @@ def _keep_in_float(view: fx.GraphModule) -> None:
 
 
 def _keep_apart(view: fx.GraphModule) -> None:
-    """Put a pooling of single pixels between a function of one value and an addition.
+    """Let nothing be fused across the grid of a function of one value that an addition reads.
 
     OpenVINO makes one kernel of a convolution, the function behind it and the addition, and of the
-    grids in it rounds to the last alone. It does not fuse across a pooling, which costs a few
-    percent of the network's time.
+    grids in it rounds to the last alone.
     """
     modules = dict(view.named_modules())
 
     def made_by(node: fx.Node, *through: type[nn.Module]) -> fx.Node:
         while isinstance(modules.get(str(node.target)), through):
-            (node,) = node.all_input_nodes
+            node = node.all_input_nodes[0]
         return node
 
     for node in view.graph.nodes:
         if not isinstance(modules.get(str(node.target)), Add):
             continue
         for source in node.all_input_nodes:
-            function = made_by(source, Dequantize, QdqGrid, Tap)
+            call = made_by(source, Dequantize, Tap)
+            function = made_by(call, QdqGrid, Tap)
             if not isinstance(modules.get(str(function.target)), Table):
                 continue
             layer = modules.get(str(made_by(function, Table, Dequantize, QdqGrid, Tap).target))
             if isinstance(layer, QdqLayer) and layer.layer.weight.dim() == 4:
-                with view.graph.inserting_before(node):
-                    apart = view.graph.call_function(F.max_pool2d, (source, 1))
-                node.replace_input_with(source, apart)
+                call.args = (*call.args[:2], True)
 
 
 def grid_calls(network: fx.GraphModule) -> list[fx.Node]:

@@ -39,7 +39,7 @@ from sparkir.quant.layers import (
 )
 from sparkir.quant.quantizer import ActivationQuantizer
 
-_IN_POWERS_OF_TWO = (Add, Multiply, MatrixProduct, Fixed, ExactBilinear)
+_IN_POWERS_OF_TWO = (Add, Multiply, MatrixProduct, Fixed)
 _MOVES = (Tap, PassThrough, Concatenate)
 
 
@@ -83,11 +83,13 @@ def _restrict_grid(
         grid.power_of_two = True
     for reader in _readers(node, modules, *_MOVES):
         module = _module(reader, modules)
-        added = isinstance(module, Dequantize) and any(
-            isinstance(_module(user, modules), _IN_POWERS_OF_TWO)
-            for user in _readers(reader, modules, *_MOVES)
-        )
-        if isinstance(module, _IN_POWERS_OF_TWO) or added:
+        interpolated = added = False
+        if isinstance(module, Dequantize):
+            read = [_module(user, modules) for user in _readers(reader, modules, *_MOVES)]
+            interpolated = any(isinstance(one, ExactBilinear) for one in read)
+            behind = _readers(reader, modules, *_MOVES, ExactBilinear)
+            added = any(isinstance(_module(user, modules), _IN_POWERS_OF_TWO) for user in behind)
+        if isinstance(module, _IN_POWERS_OF_TWO) or added or interpolated:
             grid.power_of_two = True
         if isinstance(module, QuantLayer) and module.flows_to:
             grid.power_of_two = True
