@@ -27,6 +27,7 @@ from sparkir.quant.graph import Tap
 from sparkir.quant.layers import AbsorbedReLU
 from sparkir.quant.prepare import placement_of
 from sparkir.quant.reference import IntegerLayer, IntegerQuantizer
+from sparkir.quant.steps import made_by
 
 if TYPE_CHECKING:
     import onnx
@@ -220,13 +221,14 @@ class _TeacherForced(fx.Interpreter):
             return result
         runtime = torch.from_numpy(self.stored[n.name])
         levels = (grid.stored(result).int() - runtime.int()).abs()
-        source = self._source_of(n)
-        made_by = self.submodules.get(str(source.target))
+        (value,) = n.all_input_nodes
+        source = made_by(value, self.submodules, AbsorbedReLU, Tap)
+        maker = self.submodules.get(str(source.target))
         self.found.append(
             LayerParity(
                 name=n.name,
-                is_layer=isinstance(made_by, IntegerLayer),
-                is_float=isinstance(made_by, Fixed)
+                is_layer=isinstance(maker, IntegerLayer),
+                is_float=isinstance(maker, Fixed)
                 or source.name in self.left_in_float
                 or str(source.target) in self.left_in_float,
                 differing=int((levels > 0).sum()),
@@ -235,13 +237,6 @@ class _TeacherForced(fx.Interpreter):
             )
         )
         return grid.loaded(runtime)
-
-    def _source_of(self, call: fx.Node) -> fx.Node:
-        """What made the values of a grid, before an absorbed ReLU."""
-        (node,) = call.all_input_nodes
-        while isinstance(self.submodules.get(str(node.target)), AbsorbedReLU | Tap):
-            (node,) = node.all_input_nodes
-        return node
 
 
 def teacher_forced(

@@ -20,7 +20,7 @@ from sparkir.quant.graph import Tap, is_exponential
 from sparkir.quant.layers import Add, Call, Dequantize, GlobalAverage, MatrixProduct, Table
 from sparkir.quant.prepare import placement_of
 from sparkir.quant.reference import IntegerLayer, IntegerLinear, IntegerQuantizer
-from sparkir.quant.steps import grid_of_input
+from sparkir.quant.steps import grid_of_input, made_by
 
 _FLOAT_MODULES = (nn.Conv2d, nn.ConvTranspose2d, nn.Linear)  # and what is derived
 _FLOAT_FUNCTIONS = (F.conv2d, F.conv_transpose2d, F.linear)
@@ -67,15 +67,7 @@ def _(x: Tensor) -> Tensor:
 
 
 @qdq.register_fake
-def _(
-    x: Tensor,
-    scale: Tensor,
-    zero: Tensor,
-    low: int,
-    top: int,
-    name: str = "",
-    apart: bool = False,
-) -> Tensor:
+def _(x: Tensor, *grid: object) -> Tensor:
     return torch.empty_like(x)
 
 
@@ -241,20 +233,16 @@ def _keep_apart(view: fx.GraphModule) -> None:
     """
     modules = dict(view.named_modules())
 
-    def made_by(node: fx.Node, *through: type[nn.Module]) -> fx.Node:
-        while isinstance(modules.get(str(node.target)), through):
-            node = node.all_input_nodes[0]
-        return node
-
     for node in view.graph.nodes:
         if not isinstance(modules.get(str(node.target)), Add):
             continue
         for source in node.all_input_nodes:
-            call = made_by(source, Dequantize, Tap)
-            function = made_by(call, QdqGrid, Tap)
+            call = made_by(source, modules, Dequantize, Tap)
+            function = made_by(call, modules, QdqGrid, Tap)
             if not isinstance(modules.get(str(function.target)), Table):
                 continue
-            layer = modules.get(str(made_by(function, Table, Dequantize, QdqGrid, Tap).target))
+            layer_call = made_by(function, modules, Table, Dequantize, QdqGrid, Tap)
+            layer = modules.get(str(layer_call.target))
             if isinstance(layer, QdqLayer) and layer.layer.weight.dim() == 4:
                 call.args = (*call.args[:2], True)
 

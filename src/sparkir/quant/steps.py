@@ -20,7 +20,7 @@ costs a carrier of 8 bits half a bit at most.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 
 from torch import fx, nn
 
@@ -76,10 +76,11 @@ def _restrict_layer(node: fx.Node, layer: QuantLayer, modules: dict[str, nn.Modu
 def _restrict_grid(
     node: fx.Node, grid: ActivationQuantizer, modules: dict[str, nn.Module], *, signed: bool
 ) -> None:
-    made_by = _module(_source(node, modules, AbsorbedReLU, *_MOVES), modules)
-    if isinstance(made_by, ActivationQuantizer) and made_by is not grid:
-        grid.rounds_again = (made_by,)
-    elif not isinstance(made_by, QuantLayer | ActivationQuantizer):
+    (value,) = node.all_input_nodes
+    maker = _module(made_by(value, modules, AbsorbedReLU, *_MOVES), modules)
+    if isinstance(maker, ActivationQuantizer) and maker is not grid:
+        grid.rounds_again = (maker,)
+    elif not isinstance(maker, QuantLayer | ActivationQuantizer):
         grid.power_of_two = True
     for reader in _readers(node, modules, *_MOVES):
         module = _module(reader, modules)
@@ -113,15 +114,14 @@ def _grids_after(node: fx.Node, modules: dict[str, nn.Module]) -> list[Activatio
 
 def grid_of_input(node: fx.Node, modules: dict[str, nn.Module]) -> str:
     """The name of the quantizer whose grid `node` reads, in a prepared network."""
-    return str(_source(node, modules, *_MOVES).target)
+    return str(made_by(node.all_input_nodes[0], modules, *_MOVES).target)
 
 
-def _source(node: fx.Node, modules: dict[str, nn.Module], *through: type[nn.Module]) -> fx.Node:
-    """What made the values that `node` reads."""
-    source = node.all_input_nodes[0]
-    while isinstance(_module(source, modules), through):
-        source = source.all_input_nodes[0]
-    return source
+def made_by(value: fx.Node, modules: Mapping[str, nn.Module], *through: type[nn.Module]) -> fx.Node:
+    """What made `value`, before it passed modules of the kinds `through`."""
+    while isinstance(_module(value, modules), through):
+        value = value.all_input_nodes[0]
+    return value
 
 
 def _readers(
@@ -135,5 +135,5 @@ def _readers(
             yield user
 
 
-def _module(node: fx.Node, modules: dict[str, nn.Module]) -> nn.Module | None:
+def _module(node: fx.Node, modules: Mapping[str, nn.Module]) -> nn.Module | None:
     return modules.get(str(node.target)) if node.op == "call_module" else None
