@@ -185,7 +185,7 @@ def wide(channels: int, kind: type[nn.Module]) -> nn.Module:
     with torch.no_grad():
         layer.weight.copy_(torch.randint(120, 128, layer.weight.shape) / 127)
         layer.weight.view(3, -1)[:, 0] = 1.0
-        layer.bias.fill_(0.0)
+        layer.bias.copy_(torch.tensor([0, 1001, -77]) / (255 * 127))
     prepared = kind(layer, bits=8, learned="none")
     prepared.weight_quantizer.calibrate(layer.weight, "minmax")
     return prepared
@@ -196,12 +196,22 @@ def wide(channels: int, kind: type[nn.Module]) -> nn.Module:
     [(QuantConv2d, IntegerConv2d, (2, -1, 5, 5)), (QuantLinear, IntegerLinear, (50, -1))],
     ids=["convolution", "linear"],
 )
-@pytest.mark.parametrize(("channels", "beyond"), [(400, False), (4000, True)])
-def test_sums_beyond_2_to_the_24_are_exact(kind, integer, shape, channels, beyond):
+@pytest.mark.parametrize(
+    ("channels", "beyond", "in_halves", "compute_type"),
+    [
+        (400, False, False, torch.float32),
+        (4000, True, True, torch.float32),
+        (9000, True, False, torch.float64),
+    ],
+)
+def test_sums_beyond_2_to_the_24_are_exact(
+    kind, integer, shape, channels, beyond, in_halves, compute_type
+):
     """Where float32 skips whole numbers; 127 * 255 * 518 is the first such sum."""
     source = image_grid()
     layer = integer(wide(channels, kind), "wide", source)
-    assert layer.compute_type == (torch.float64 if beyond else torch.float32)
+    assert layer.in_halves == in_halves
+    assert layer.compute_type == compute_type
     ints = torch.randint(240, 256, [channels if n < 0 else n for n in shape])
     found = layer(Quantized(ints.float(), source.scale, source.zero_point)).ints
     axis = 1 if kind is QuantConv2d else -1
@@ -210,12 +220,14 @@ def test_sums_beyond_2_to_the_24_are_exact(kind, integer, shape, channels, beyon
         layer.weight.numpy().reshape(3, -1).astype(np.int64),
         axes=([axis], [1]),
     )
+    sums += layer.bias.numpy()
+    assert layer.bias.tolist() == [0, 1001, -77]
     if kind is QuantConv2d:
         sums = np.moveaxis(sums, -1, 1)
     assert (sums.max() > 2**24) == beyond
     np.testing.assert_array_equal(found.numpy(), sums.astype(np.float32))
     # The runtime's int32 sums, as the float32 that it multiplies: nothing lost on the way there.
-    in_float32 = layer.apply_weights(ints.float(), layer.weight.float(), None).numpy()
+    in_float32 = layer.apply_weights(ints.float(), layer.weight.float(), layer.bias.float()).numpy()
     assert (in_float32 != sums.astype(np.float32)).any() == beyond
 
 

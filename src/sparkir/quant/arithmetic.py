@@ -143,7 +143,7 @@ class _RoundToGrid(torch.autograd.Function):
         shift: float,
     ) -> Tensor:
         exact = x / step if divide else x * step
-        inside = (exact >= low) & (exact <= high)
+        inside = (exact >= low) & (exact <= high) if any(ctx.needs_input_grad) else None
         rounded = (exact + shift).round_().sub_(shift) if shift else exact.round_()
         ints = rounded.clamp_(low, high)
         ctx.save_for_backward(

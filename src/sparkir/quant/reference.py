@@ -22,6 +22,9 @@ from sparkir.quant.quantizer import ActivationQuantizer
 from sparkir.quant.steps import grid_of_input
 
 _EXACT_FLOAT32 = 2**24
+"""Below it every whole number is a float32."""
+_HALF = 16
+"""A weight of eight bits is so many times -8 .. 8, and a rest of -8 .. 7: its halves."""
 _INT32 = 2**31
 _STORED_BITS = (2, 4, 8)
 _STEP_BYTES = _BIAS_BYTES = 4
@@ -99,17 +102,26 @@ class IntegerLayer(nn.Module):
         self.register_buffer("sum_scale", scale.detach().clone())
         self.register_buffer("bias", None if bias is None else bias.detach().to(torch.int32))
         farthest = max(source.zero_level, source.levels - 1 - source.zero_level)
-        sums = self.weight.double().abs().flatten(1).sum(1) * farthest
-        largest = float((sums if bias is None else sums + bias.detach().double().abs()).max())
+        largest = _largest_sum(self.weight, self.bias, farthest)
         assert largest < _INT32, f"{name}: sums of {largest:.3g} overflow int32"
-        # Beyond 2**24 float32 skips whole numbers, so the sums need float64.
-        self.compute_type = torch.float32 if largest < _EXACT_FLOAT32 else torch.float64
+        high, low = _halves(self.weight)
+        halves = _largest_sum(high, None, farthest), _largest_sum(low, self.bias, farthest)
+        self.in_halves = max(halves) < _EXACT_FLOAT32 <= largest
+        self.compute_type = torch.float64 if max(halves) >= _EXACT_FLOAT32 else torch.float32
 
     def sums(self, x: Quantized) -> Tensor:
-        """The int32 sums, as whole numbers in float32."""
-        kind = self.compute_type
-        bias = None if self.bias is None else self.bias.to(kind)
-        return self.apply_weights(x.ints.to(kind), self.weight.to(kind), bias).float()
+        """The int32 sums, as whole numbers in float32.
+
+        Where those of a layer may leave what float32 holds, those of each half of its weights are
+        taken, which is several times faster than float64.
+        """
+        ints = x.ints.to(self.compute_type)
+        bias = None if self.bias is None else self.bias.to(self.compute_type)
+        if not self.in_halves:
+            return self.apply_weights(ints, self.weight.to(self.compute_type), bias).float()
+        high, low = _halves(self.weight)
+        coarse = self.apply_weights(ints, high, None).int()
+        return (coarse * _HALF + self.apply_weights(ints, low, bias).int()).float()
 
     def apply_weights(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         """The layer's operation, for integers and for real values alike."""
@@ -146,6 +158,18 @@ class IntegerLinear(IntegerLayer):
     def forward(self, x: Quantized) -> Accumulated:
         """Grid values -> sums."""
         return Accumulated(self.sums(x), self.sum_scale)
+
+
+def _halves(weight: Tensor) -> tuple[Tensor, Tensor]:
+    """(high, low) of int8 weights, in float32: weight = 16 high + low."""
+    high = ((weight.float() + _HALF / 2) / _HALF).floor()
+    return high, weight.float() - _HALF * high
+
+
+def _largest_sum(weight: Tensor, bias: Tensor | None, farthest: int) -> float:
+    """The largest sum of a layer, of any sign, over integers of at most `farthest`."""
+    sums = weight.double().abs().flatten(1).sum(1) * farthest
+    return float((sums if bias is None else sums + bias.double().abs()).max())
 
 
 @torch.no_grad()
