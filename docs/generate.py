@@ -1,12 +1,14 @@
 """Writes the parts of the docs that are made from the code: python docs/generate.py
 
-`reference/recipe.md` and `recipe.schema.json` come from the recipe's models, and the scripts in
-`integrations.md` from `examples/`. A test checks that all three are current.
+`reference/recipe.md` and `recipe.schema.json` come from the recipe's models, the scripts in
+`integrations.md` from `examples/`, and the tables in `reproduction.md` from `records/reproduction`. A
+test checks that all of them are current.
 """
 
 import difflib
 import json
 import re
+import tomllib
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -15,6 +17,7 @@ from sparkir.recipe import json_schema
 
 DOCS = Path(__file__).parent
 EXAMPLES = DOCS.parent / "examples"
+REPRODUCTION = DOCS.parent / "records" / "reproduction"
 HEAD = """# Recipe reference
 
 <!-- Made by docs/generate.py from the recipe's models; do not edit. -->
@@ -63,6 +66,51 @@ def _difference(name: str) -> str:
     )
     whole = difflib.unified_diff(before, after, n=len(after))
     return "".join(line for index, line in enumerate(whole) if index > 2)
+
+
+def with_records(page: str) -> str:
+    """The page with each `<!-- record NAME -->` with that comparison's table, beside the paper's."""
+    pattern = re.compile(r"(<!-- record ([\w-]+) -->\n).*?(<!-- end -->)", re.DOTALL)
+    return pattern.sub(lambda m: f"{m[1]}\n{_comparison(m[2])}\n{m[3]}", page)
+
+
+def _comparison(name: str) -> str:
+    """PSNR / SSIM of each row on each test set, and the difference to QAT with its interval."""
+    comparison = json.loads((REPRODUCTION / name / "comparison.json").read_text("utf-8"))
+    paper = tomllib.loads((REPRODUCTION / "paper.toml").read_text("utf-8")).get(name, {})
+    head = [""]
+    rows: dict[str, list[str]] = {}
+    if paper:
+        head += ["paper", "to its QAT"]
+    for table in comparison["tables"]:
+        head += [table["name"], "to QAT"]
+        for line in table["lines"]:
+            method = line["name"]
+            if method not in rows:
+                rows[method] = [line["label"], *_published(paper, method)]
+            rows[method] += _measured(line)
+    for method in paper:
+        if method not in rows:
+            rows[method] = [method.upper(), *_published(paper, method), "not run"]
+            rows[method] += [""] * (len(head) - len(rows[method]))
+    lines = [head, ["---"] + ["---:"] * (len(head) - 1), *rows.values()]
+    return "".join(f"| {' | '.join(cells)} |\n" for cells in lines)
+
+
+def _published(paper: dict[str, list[float]], method: str) -> list[str]:
+    if method not in paper:
+        return ["", ""] if paper else []
+    psnr_db, ssim = paper[method]
+    to_qat = "" if method == "qat" else f"{psnr_db - paper['qat'][0]:+.2f}"
+    return [f"{psnr_db:.2f} / {ssim:.3f}", to_qat]
+
+
+def _measured(line: dict[str, Any]) -> list[str]:
+    to_qat = ""
+    if difference := line["differences"]["psnr_db"]:
+        mean, low, high = difference
+        to_qat = f"{mean:+.3f} [{low:+.3f}, {high:+.3f}]"
+    return [f"{line['psnr_db']:.3f} / {line['ssim']:.4f}", to_qat]
 
 
 def _section(value: dict[str, Any], schema: dict[str, Any]) -> dict[str, Any] | None:
@@ -121,6 +169,8 @@ def main() -> None:
     (DOCS / "reference" / "recipe.md").write_text(reference_text(), "utf-8")
     page = DOCS / "integrations.md"
     page.write_text(with_examples(page.read_text("utf-8")), "utf-8")
+    page = DOCS / "reproduction.md"
+    page.write_text(with_records(page.read_text("utf-8")), "utf-8")
 
 
 if __name__ == "__main__":

@@ -19,32 +19,23 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 HERE = Path(__file__).parent
-PAPER = (
-    "degraded,teacher,float,ptq,qat,truth,kd,kd-mse@1,fakd,slkd,"
-    "constant:spark-paper,random:spark-paper,spark-paper,spark"
+ROWS = (
+    "degraded,teacher,float,ptq,qat,kd,kd-mse@1,kd-mse@20,kd-mse@100,kd-matched,kd-matched@10,"
+    "fakd,slkd,fixed:student_error,truth:spark-paper,constant:spark-paper,random:spark-paper,"
+    "spark-paper,truth:spark,constant:spark,random:spark,spark"
 )
-EIGHT_BITS = PAPER.replace("random:spark-paper", "kd-matched")
-CONTROLS = (
-    "degraded,teacher,float,ptq,qat,truth,kd,kd-mse@1,kd-mse@20,kd-mse@100,kd-matched,"
-    "fixed:student_error,constant:spark-paper,random:spark-paper,spark-paper,random:spark,spark"
+BASELINES = (
+    *("float", "kd", "kd-mse@1", "kd-matched", "kd-matched@10", "slkd", "spark-paper"),
+    *("truth:spark-paper", "constant:spark-paper", "random:spark-paper"),
+    *("truth:spark", "constant:spark", "random:spark"),
 )
 SELF = (
     "degraded,teacher,float,ptq,qat,truth,kd,kd-mse@1,kd-matched,fakd,slkd,"
     "constant:spark-paper,spark-paper,spark"
 )
-ONE_SEED = (
-    "degraded,teacher,float,ptq,qat,truth,kd,kd-mse@1,kd-mse@20,kd-mse@100,kd-matched,fakd,"
-    "spark-paper,spark"
-)
-ALL = "fakd,dckd,slkd," + CONTROLS
-BASELINES = (
-    *("truth", "truth:spark", "kd", "kd-mse@1", "kd-matched@10"),
-    *("slkd", "spark-paper", "constant:spark-paper", "random:spark-paper", "float"),
-)
-FEW = "degraded,teacher,ptq,qat,truth,kd-matched,spark-paper,spark"
-NOISE = (
-    "degraded,teacher,float,ptq,qat,truth,kd,kd-matched,kd-matched@10,"
-    "constant:spark-paper,spark-paper,truth:spark,constant:spark,spark"
+CONTROLS = (
+    "degraded,teacher,float,ptq,qat,truth,kd,kd-mse@1,kd-mse@20,kd-mse@100,kd-matched,"
+    "fixed:student_error,constant:spark-paper,random:spark-paper,spark-paper,random:spark,spark"
 )
 TODAY = "degraded,teacher,ptq,qat,kd-matched,kd-matched@10,truth:spark,constant:spark,spark"
 SCORED = "degraded,teacher,float,ptq,qat,kd-matched,spark-paper,spark"
@@ -60,7 +51,6 @@ TWICE = (
     "degraded,teacher,float,ptq,qat,kd,kd-mse@1,kd-matched,kd-matched@10,fakd,slkd,"
     "constant:spark-paper,spark-paper,truth:spark,constant:spark,random:spark,spark"
 )
-IMITATION = "degraded,teacher,float,ptq,qat,kd,kd@20,kd-matched@20"
 
 
 @dataclass(frozen=True)
@@ -99,20 +89,6 @@ POLYU_TEST_SCENES = (
     "Sony_4-5_125_3200_plant",
     "Sony_4_200_3200_door",
 )
-REAL_NOISE = Run(
-    "twin-mirnet-dncnn-sidd",
-    "kd-mse@1,fakd,slkd,random:spark-paper,random:spark," + NOISE,
-    (
-        *POLYU,
-        "teacher.weights={out}/teacher-twin-mirnet-sidd/student.safetensors",
-        "student.weights={out}/float-twin-dncnn-sidd/student.safetensors",
-    ),
-    seeds=1,
-    before=(
-        ("teacher-twin-mirnet-sidd", *POLYU, "train.channels_last=true"),
-        ("float-twin-dncnn-sidd", *POLYU),
-    ),
-)
 FROM_ITS_TEACHER = (
     "student.weights=teacher",
     "train.steps=300",
@@ -120,11 +96,10 @@ FROM_ITS_TEACHER = (
     "train.learning_rate=2e-4",
     "train.channels_last=true",
 )
-W2A2 = ("quant.weight_bits=2", "quant.activation_bits=2")
 RUNS: dict[str, Run] = {
     "lol-dncnn": Run(
         "twin-mirnet-dncnn-lol",
-        PAPER,
+        f"{ROWS},dckd",
         (
             *LOW_LIGHT,
             "teacher.weights={out}/teacher-twin-mirnet-lol/student.safetensors",
@@ -147,8 +122,19 @@ RUNS: dict[str, Run] = {
         seeds=2,
         before=(("teacher-twin-mirnet-lol", *LOW_LIGHT, "train.channels_last=true"),),
     ),
-    "polyu-dncnn": REAL_NOISE,
-    "polyu-dncnn-seeds": replace(REAL_NOISE, methods=NOISE, seeds=2),
+    "polyu-dncnn": Run(
+        "twin-mirnet-dncnn-sidd",
+        f"{ROWS},dckd",
+        (
+            *POLYU,
+            "teacher.weights={out}/teacher-twin-mirnet-sidd/student.safetensors",
+            "student.weights={out}/float-twin-dncnn-sidd/student.safetensors",
+        ),
+        before=(
+            ("teacher-twin-mirnet-sidd", *POLYU, "train.channels_last=true"),
+            ("float-twin-dncnn-sidd", *POLYU),
+        ),
+    ),
     "polyu-mirnet": Run(
         "twin-mirnet-mirnet-sidd",
         AS_ITS_TEACHER,
@@ -167,41 +153,30 @@ RUNS: dict[str, Run] = {
         seeds=1,
         more_tests=URBAN20,
     ),
-    "rfdn-x4-w8a8": Run("twin-rfdn-rfdn-x4", EIGHT_BITS, (*FAST, "train.steps=100"), seeds=2),
-    "rfdn-x4-w8a8-imitation": Run(
-        "twin-rfdn-rfdn-x4",
-        IMITATION,
-        (*FAST, "train.steps=300", "train.learning_rate=1e-4"),
-        seeds=2,
-    ),
     "rfdn-x4-w4a4": Run(str(HERE / "rfdn-x4.toml"), CONTROLS, SR),
     "rfdn-x4-w4a4-urban20": Run(str(HERE / "rfdn-x4.toml"), SCORED, SR, more_tests=URBAN20),
-    "rfdn-x4-w2a2": Run(str(HERE / "rfdn-x4.toml"), FEW, (*SR, *W2A2), seeds=2),
-    "srcnn-x4": Run(
-        "twin-rfdn-srcnn-x4",
-        ALL,
-        (
-            *SR,
-            "student.weights={out}/float-twin-srcnn-x4/student.safetensors",
-            "train.steps=500",
-            "train.teacher_cache=true",
-        ),
+    "rfdn-x4-w2a2": Run(
+        str(HERE / "rfdn-x4.toml"),
+        ROWS,
+        (*SR, "quant.weight_bits=2", "quant.activation_bits=2", "quant.equalize=true"),
         seeds=2,
-        before=(("float-twin-srcnn-x4", *PAIRS, "train.steps=4000"),),
-    ),
-    "srcnn-x2": Run(
-        "twin-rfdn-srcnn-x2",
-        ONE_SEED,
-        (
-            *PAIRS,
-            "student.weights={out}/float-twin-srcnn-x2/student.safetensors",
-            "train.steps=500",
-            "train.teacher_cache=true",
-        ),
-        seeds=1,
         more_tests=URBAN20,
-        before=(("float-twin-srcnn-x2", *PAIRS, "train.steps=4000"),),
     ),
+    **{
+        f"srcnn-x{scale}": Run(
+            f"twin-rfdn-srcnn-x{scale}",
+            f"{ROWS},dckd",
+            (
+                *pairs,
+                f"student.weights={{out}}/float-twin-srcnn-x{scale}/student.safetensors",
+                "train.steps=500",
+                "train.teacher_cache=true",
+            ),
+            more_tests=URBAN20,
+            before=((f"float-twin-srcnn-x{scale}", *PAIRS, "train.steps=4000"),),
+        )
+        for scale, pairs in ((4, SR), (2, PAIRS))
+    },
 }
 for name, methods, steps, rate, seeds in (
     ("long", LONG, 3000, "1e-4", 1),
@@ -213,7 +188,6 @@ for name, methods, steps, rate, seeds in (
     )
 for first, seeds, more_tests in (
     ("rfdn-x4-w4a4", 1, URBAN20),
-    ("lol-dncnn", 2, ()),
     ("lol-mirnet", 1, ()),
 ):
     RUNS[f"{first}-spark"] = replace(RUNS[first], methods=TODAY, seeds=seeds, more_tests=more_tests)

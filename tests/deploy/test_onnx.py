@@ -11,11 +11,14 @@ import pytest
 import torch
 from exported import Deployed, deploy, images, weights_of
 from onnx import TensorProto
+from torch import Tensor, nn
 
 from sparkir.deploy.onnx import require_onnx, to_onnx, write_model
+from sparkir.deploy.parity import check_parity
 from sparkir.deploy.qdq import grid_calls
 from sparkir.deploy.session import open_session
 from sparkir.errors import SparkirError
+from sparkir.models.facts import ModelFacts
 from sparkir.models.registry import build
 from sparkir.quant.calibrate import calibrate
 from sparkir.quant.prepare import placement_of, prepare
@@ -158,6 +161,39 @@ def test_additions_tables_and_concatenations_run_on_integers():
     assert expected <= fusion.integer.keys()
     assert not {"LeakyRelu", "Sigmoid", "Relu"} & fusion.other.keys()
     assert (fusion.integer["QLinearAdd"], fusion.integer["QLinearMul"]) == (5, 1)
+
+
+class Squashed(nn.Module):
+    """A function of one value between two layers."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.facts = ModelFacts(
+            name="squashed", scale=1, channels=3, value_range=1.0, taps=("head",), halo_px=2
+        )
+        self.head, self.tail = nn.Conv2d(3, 8, 3, padding=1), nn.Conv2d(8, 3, 3, padding=1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.tail(torch.sigmoid(self.head(x)))
+
+
+def test_a_table_with_an_entry_half_way_between_two_levels():
+    """The last bit of a sigmoid decides, and ONNX Runtime's is not torch's."""
+    student = prepare(Squashed(), QuantSpec())
+    calibrate(student, [torch.rand(1, 3, 32, 32)])
+    read, written = (student.get_submodule(f"quantizers.{n}") for n in ("head", "sigmoid"))
+    with torch.no_grad():
+        read.log_scale.copy_(torch.tensor(-4.9357008934021))
+        read.zero_point.copy_(torch.tensor(137.0))
+        written.log_scale.copy_(torch.tensor(-5.769403457641602))
+        entry = float(torch.sigmoid((148 - read.zero_point) * read.scale()) / written.scale())
+    assert entry % 1 == pytest.approx(0.5, abs=1e-5)
+    frozen = freeze(student)
+    model = to_onnx(frozen)
+    assert check_parity(model, frozen, [torch.rand(1, 3, 64, 64)]).differing_pixels == 0
+    ratio = frozen.get_submodule("quantizers.sigmoid").scale / written.scale().detach()
+    assert ratio > 1
+    assert ratio == pytest.approx(1, abs=1e-3)
 
 
 def test_layers_of_equal_weights_have_names_of_their_own():

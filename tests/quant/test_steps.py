@@ -1,10 +1,14 @@
 """Steps with which no order of operations makes a difference."""
 
+import math
+
 import pytest
 import torch
 import torch.nn.functional as F
+from torch import nn
 from toys import CASES, Toy, images, in_turn
 
+from sparkir.models.facts import ModelFacts
 from sparkir.quant.arithmetic import exact_rounding, to_multiple, to_odd_fraction, to_power_of_two
 from sparkir.quant.calibrate import calibrate
 from sparkir.quant.layers import FRACTION_BITS, IMAGE_PARTS, QuantLayer, Table
@@ -119,6 +123,46 @@ def test_without_such_a_target_steps_are_free():
             assert not module.flows_to
         if isinstance(module, ActivationQuantizer):
             assert not module.power_of_two
+
+
+class Saturating(nn.Module):
+    """A function that reaches its end on most of an image."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.facts = ModelFacts(
+            name="saturating", scale=1, channels=3, value_range=1.0, taps=("head",), halo_px=2
+        )
+        self.head, self.tail = nn.Conv2d(3, 4, 3, padding=1), nn.Conv2d(4, 3, 3, padding=1)
+        nn.init.constant_(self.head.weight, 10.0)
+
+    def forward(self, x):
+        return self.tail(torch.sigmoid(self.head(x)))
+
+
+@pytest.mark.parametrize("target", ["onnxruntime", "portable"])
+def test_no_entry_of_a_table_is_half_way_between_two_levels(target):
+    """Not even an end of 1 on a grid of which 8.5 steps are 1, unless steps are powers of two."""
+    student = prepare(Saturating(), QuantSpec(target=target))
+    calibrate(student, [torch.rand(2, 3, 24, 24)])
+    written = student.get_submodule("quantizers.sigmoid")
+    before = -math.log(8.5)
+    with torch.no_grad():
+        written.log_scale.fill_(before)
+        written.zero_point.fill_(0.0)
+    frozen = freeze(student)
+    assert written.log_scale.item() == pytest.approx(before)  # the student keeps its own
+    changed = {
+        name: float(module.scale / student.get_submodule(name).scale().detach()) - 1
+        for name, module in frozen.named_modules()
+        if isinstance(module, IntegerQuantizer)
+    }
+    moved = changed.pop("quantizers.sigmoid")
+    assert set(changed.values()) == {0.0}
+    if target == "onnxruntime":
+        assert 1e-4 < moved < 1e-3
+    else:
+        assert moved == 0
 
 
 def test_what_is_added_into_the_image_counts_odd_parts_of_its_step():

@@ -15,6 +15,7 @@ from sparkir.errors import SparkirError
 from sparkir.quant.layers import QuantLayer
 from sparkir.quant.quantizer import ActivationQuantizer
 from sparkir.quant.ranges import RangeObserver
+from sparkir.quant.steps import leave_ties
 
 
 def activation_quantizers(student: nn.Module) -> dict[str, ActivationQuantizer]:
@@ -70,6 +71,7 @@ def calibrate(
         raise SparkirError("calibration was given no images; it needs at least one")
     for quantizer in quantizers.values():
         quantizer.calibrate(method)
+    leave_ties(student)
     for layer in student.modules():
         if isinstance(layer, QuantLayer):
             layer.weight_quantizer.calibrate(layer.real_weight(), method)

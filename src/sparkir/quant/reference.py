@@ -19,7 +19,7 @@ from sparkir.quant.fixed import FixedSoftmax
 from sparkir.quant.layers import QuantConv2d, QuantLayer, Table, as_constant
 from sparkir.quant.prepare import carry_facts, placement_of
 from sparkir.quant.quantizer import ActivationQuantizer
-from sparkir.quant.steps import grid_of_input
+from sparkir.quant.steps import grid_of_input, leave_ties
 
 _EXACT_FLOAT32 = 2**24
 """Below it every whole number is a float32."""
@@ -176,9 +176,11 @@ def _largest_sum(weight: Tensor, bias: Tensor | None, farthest: int) -> float:
 def freeze(student: fx.GraphModule) -> fx.GraphModule:
     """The integer network of a prepared and calibrated student; the student is left as it is.
 
-    The graph stays the same node for node, so that layers keep their names.
+    Of a function's table whose entries lie on ties the step is another by a few parts in 10,000
+    (`steps.leave_ties`). The graph stays the same node for node, so that layers keep their names.
     """
     frozen: Any = copy.deepcopy(student).eval().cpu()
+    leave_ties(frozen)
     grids: dict[str, IntegerQuantizer] = {}
     modules = dict(frozen.named_modules())
     for node in frozen.graph.nodes:
