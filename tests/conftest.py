@@ -11,7 +11,11 @@ DATA = Path(os.environ.get("SPARKIR_DATA", ROOT.parent / "shared" / "data"))
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_make_collect_report() -> None:
-    """What a module draws when it is read does not depend on the modules before it."""
+    """What a module draws when it is read does not depend on the modules before it.
+
+    This comes before all fixtures, those of the whole session included.
+    """
+    torch.set_num_threads(1)
     torch.manual_seed(0)
 
 

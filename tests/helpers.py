@@ -7,7 +7,7 @@ PYTEST_DONT_REWRITE, because the module is imported before it becomes a plugin.
 import io
 import shutil
 import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import redirect_stderr, redirect_stdout
 from dataclasses import dataclass
 from pathlib import Path
@@ -155,18 +155,13 @@ def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture
-def project(
-    _template: Path, cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> Iterator[Path]:
-    """The current folder, holding a fresh copy of the project; one thread."""
+def project(_template: Path, cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The current folder, holding a fresh copy of the project."""
     folder = tmp_path / "project"
     shutil.copytree(_template, folder)
     monkeypatch.setenv("SPARKIR_CACHE", str(cache))
     monkeypatch.chdir(folder)
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield folder
-    torch.set_num_threads(threads)
+    return folder
 
 
 @dataclass(frozen=True)
@@ -187,14 +182,11 @@ def finished(_template: Path, cache: Path, tmp_path_factory: pytest.TempPathFact
     shutil.copytree(_template, folder)
     write_recipe(folder / "tiny.toml", {"baselines": ALL_BASELINES})
     frozen: list[GraphModule] = []
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("SPARKIR_CACHE", str(cache))
         patch.chdir(folder)
         freeze: Callable[..., GraphModule] = run.freeze
         patch.setattr(run, "freeze", lambda student: frozen.append(freeze(student)) or frozen[-1])
         said = call("distill", "tiny.toml", "--out", "run")
-    torch.set_num_threads(threads)
     assert said.code == 0, said
     return Finished(folder, folder / "run", said, frozen[-1])

@@ -7,7 +7,6 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
-import torch
 
 from helpers import photo, save_image
 from sparkir.data import photographs
@@ -63,12 +62,7 @@ def test_every_cell_runs(notebook, tool, tmp_path, monkeypatch):
     assert first.startswith("STEPS = ")
     Path("cells.py").write_text(script_of([FEW, *others]), "utf-8")
     shown = []
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        runpy.run_path("cells.py", {"show": lambda value: shown.append(shown_as(value))})
-    finally:
-        torch.set_num_threads(threads)
+    runpy.run_path("cells.py", {"show": lambda value: shown.append(shown_as(value))})
     pictures = [one for one in shown if isinstance(one, bytes) and one.startswith(b"\x89PNG")]
     assert len(pictures) == 3
     assert "| SPARK W4A4 | runtime |" in shown[0]

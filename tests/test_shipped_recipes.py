@@ -54,10 +54,7 @@ def images(tmp_path, monkeypatch):
     for seed, split in enumerate(("train", "test")):
         for name in ("clean/a", "pairs/input/a", "pairs/target/a"):
             save_image(tmp_path / split / f"{name}.png", photo(64, 72, seed))
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield tmp_path
-    torch.set_num_threads(threads)
+    return tmp_path
 
 
 def started(name, folder):

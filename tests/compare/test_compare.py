@@ -61,13 +61,10 @@ def compared(_template: Path, cache: Path, tmp_path_factory: pytest.TempPathFact
     folder = tmp_path_factory.mktemp("compared") / "project"
     shutil.copytree(_template, folder)
     write_recipe(folder / "tiny.toml", SHORT)
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("SPARKIR_CACHE", str(cache))
         patch.chdir(folder)
         said = call(*TO_COMPARE, "--test", "more=train")
-    torch.set_num_threads(threads)
     assert said.code == 0, said
     assert said.err == ""
     (folder / "said.txt").write_text(said.out)

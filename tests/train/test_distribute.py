@@ -33,12 +33,9 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def alone(folder: Path) -> dict[str, Any]:
     """Every kind of run by one process: its events; and a checkpoint from the middle."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
     events = {kind: made(folder / kind / "one", kind).train().events for kind in KINDS}
     for kind in KINDS:
         stopped(made(folder / kind / "one-half", kind), asks=True)
-    torch.set_num_threads(threads)
     return events
 
 

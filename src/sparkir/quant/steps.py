@@ -132,8 +132,10 @@ def leave_ties(student: nn.Module) -> None:
     modules = dict(student.named_modules())
     for node in cast("fx.GraphModule", student).graph.nodes:
         table = _module(node, modules)
-        if isinstance(table, Table):
-            read = cast("ActivationQuantizer", modules[grid_of_input(node, modules)])
+        if not isinstance(table, Table):
+            continue
+        read = modules.get(grid_of_input(node, modules))
+        if isinstance(read, ActivationQuantizer):
             for written in _grids_after(node, modules):
                 if written.image_step is None and not written.power_of_two:
                     _leave_ties(table, read, written)
