@@ -13,14 +13,12 @@ from collections.abc import Iterable
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
 from sparkir.quant.interpolate import ExactBilinear
 from sparkir.quant.layers import (
     AbsorbedReLU,
     Add,
-    Call,
     Concatenate,
     Dequantize,
     GlobalAverage,
@@ -28,12 +26,12 @@ from sparkir.quant.layers import (
     PassThrough,
     QuantConv2d,
     Table,
+    is_linear_from_zero,
 )
 from sparkir.quant.quantizer import ActivationQuantizer, ConstantQuantizer
 
 FIXED = 0
 """The class of channels that have to stay as they are."""
-_LINEAR_FUNCTIONS = (F.leaky_relu, F.relu, torch.relu, Tensor.relu)
 
 
 class Classes:
@@ -106,7 +104,7 @@ class ChannelReader(fx.Interpreter):
                 return inputs[0] if module.image_step is None else None
             case AbsorbedReLU() | Dequantize() | GlobalAverage() | ExactBilinear() | nn.Identity():
                 return inputs[0]
-            case Table() if _is_linear_from_zero(module.operation):
+            case Table() if is_linear_from_zero(module.operation):
                 return inputs[0]
             case Concatenate() if result.dim() == 4 and module.dim in (1, -3):
                 return [channel for part in inputs for channel in part]
@@ -157,10 +155,3 @@ def _convolutions_that_can_change(student: fx.GraphModule) -> set[str]:
         and one.phases is None
         and not isinstance(one.weight_quantizer, ConstantQuantizer)
     }
-
-
-def _is_linear_from_zero(function: nn.Module) -> bool:
-    """Whether the function of a positive multiple is the multiple of the function."""
-    if isinstance(function, Call):
-        return function.function in _LINEAR_FUNCTIONS
-    return isinstance(function, nn.LeakyReLU | nn.ReLU | nn.PReLU)

@@ -318,6 +318,13 @@ def as_constant(function: nn.Module) -> nn.Module:
     return function
 
 
+def is_linear_from_zero(function: nn.Module) -> bool:
+    """Whether the function of a positive multiple is the multiple of the function."""
+    if isinstance(function, Call):
+        return function.function in (F.leaky_relu, F.relu, torch.relu, Tensor.relu)
+    return isinstance(function, nn.LeakyReLU | nn.ReLU | nn.PReLU)
+
+
 class AbsorbedReLU(nn.Module):
     """A ReLU that the next grid performs by starting at zero."""
 

@@ -42,6 +42,7 @@ from sparkir.quant.layers import (
     PassThrough,
     QuantLayer,
     Table,
+    is_linear_from_zero,
 )
 from sparkir.quant.quantizer import ActivationQuantizer
 
@@ -132,8 +133,8 @@ def leave_ties(student: nn.Module) -> None:
     modules = dict(student.named_modules())
     for node in cast("fx.GraphModule", student).graph.nodes:
         table = _module(node, modules)
-        if not isinstance(table, Table):
-            continue
+        if not isinstance(table, Table) or is_linear_from_zero(table.operation):
+            continue  # one multiplication, which IEEE 754 rounds one way
         read = modules.get(grid_of_input(node, modules))
         if isinstance(read, ActivationQuantizer):
             for written in _grids_after(node, modules):
@@ -142,8 +143,8 @@ def leave_ties(student: nn.Module) -> None:
 
 
 def _leave_ties(table: Table, read: ActivationQuantizer, written: ActivationQuantizer) -> None:
-    stored = torch.arange(read.levels, device=read.log_scale.device)
-    values = table((stored.float() - read.zero_level) * read.scale())
+    ints = torch.arange(read.levels, device=read.log_scale.device) - read.zero_level
+    values = table(ints[ints != 0] * read.scale())  # of 0 every library makes the same
     for _ in range(_NUDGES):
         stored = values / written.scale() + written.zero_level
         inside = stored[(stored > -1) & (stored < written.levels)]
