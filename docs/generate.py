@@ -1,8 +1,8 @@
 """Writes the parts of the docs that are made from the code: python docs/generate.py
 
 `reference/recipe.md` and `recipe.schema.json` come from the recipe's models, the scripts in
-`integrations.md` from `examples/`, and the tables in `reproduction.md` from `records/reproduction`. A
-test checks that all of them are current.
+`integrations.md` from `examples/`, and the tables in `reproduction.md` from
+`records/reproduction`. A test checks that all of them are current.
 """
 
 import difflib
@@ -18,6 +18,8 @@ from sparkir.recipe import json_schema
 DOCS = Path(__file__).parent
 EXAMPLES = DOCS.parent / "examples"
 REPRODUCTION = DOCS.parent / "records" / "reproduction"
+TEST_SETS = {"lowlight_LOL_eval15": "LOLv1", "test": "PolyU"}
+NOTES = ("Differences to", "Not in this table", "W of")
 HEAD = """# Recipe reference
 
 <!-- Made by docs/generate.py from the recipe's models; do not edit. -->
@@ -69,7 +71,7 @@ def _difference(name: str) -> str:
 
 
 def with_records(page: str) -> str:
-    """The page with each `<!-- record NAME -->` with that comparison's table, beside the paper's."""
+    """The page with the table of each `<!-- record NAME -->`, beside the paper's."""
     pattern = re.compile(r"(<!-- record ([\w-]+) -->\n).*?(<!-- end -->)", re.DOTALL)
     return pattern.sub(lambda m: f"{m[1]}\n{_comparison(m[2])}\n{m[3]}", page)
 
@@ -83,7 +85,7 @@ def _comparison(name: str) -> str:
     if paper:
         head += ["paper", "to its QAT"]
     for table in comparison["tables"]:
-        head += [table["name"], "to QAT"]
+        head += [TEST_SETS.get(table["name"], table["name"]), "to QAT"]
         for line in table["lines"]:
             method = line["name"]
             if method not in rows:
@@ -94,7 +96,10 @@ def _comparison(name: str) -> str:
             rows[method] = [method.upper(), *_published(paper, method), "not run"]
             rows[method] += [""] * (len(head) - len(rows[method]))
     lines = [head, ["---"] + ["---:"] * (len(head) - 1), *rows.values()]
-    return "".join(f"| {' | '.join(cells)} |\n" for cells in lines)
+    notes = [*comparison["tables"][0]["notes"], *comparison["notes"]]
+    notes = [note for note in notes if note.startswith(NOTES)]
+    rows_of_text = [f"| {' | '.join(cells)} |" for cells in lines]
+    return "\n".join([*rows_of_text, "", *notes, ""])
 
 
 def _published(paper: dict[str, list[float]], method: str) -> list[str]:

@@ -39,6 +39,14 @@ def test_scripts_in_the_page_are_those_that_run(generate):
     assert written.count("```diff") == 6
 
 
+def test_tables_of_the_reproduction_are_those_of_the_records(generate):
+    written = (DOCS / "reproduction.md").read_text("utf-8")
+    assert written == generate.with_records(written), "run python docs/generate.py"
+    tables = re.findall("<!-- record ([a-z0-9-]+) -->", written)
+    records = DOCS.parent / "records" / "reproduction"
+    assert sorted(tables) == sorted(folder.parent.name for folder in records.glob("*/*.json"))
+
+
 def test_every_key_of_a_recipe_says_what_it_means():
     schema = recipe.json_schema()
     for name, section in {"recipe": schema, **schema["$defs"]}.items():

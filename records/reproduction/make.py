@@ -25,7 +25,7 @@ ROWS = (
     "spark-paper,truth:spark,constant:spark,random:spark,spark"
 )
 BASELINES = (
-    *("float", "kd", "kd-mse@1", "kd-matched", "kd-matched@10", "slkd", "spark-paper"),
+    *("truth", "float", "kd", "kd-mse@1", "kd-matched", "kd-matched@10", "slkd", "spark-paper"),
     *("truth:spark-paper", "constant:spark-paper", "random:spark-paper"),
     *("truth:spark", "constant:spark", "random:spark"),
 )
@@ -37,8 +37,15 @@ CONTROLS = (
     "degraded,teacher,float,ptq,qat,truth,kd,kd-mse@1,kd-mse@20,kd-mse@100,kd-matched,"
     "fixed:student_error,constant:spark-paper,random:spark-paper,spark-paper,random:spark,spark"
 )
+ONE_SEED = (
+    "degraded,teacher,float,ptq,qat,truth,kd,kd-mse@1,kd-mse@20,kd-mse@100,kd-matched,fakd,"
+    "spark-paper,spark"
+)
+NOISE = (
+    "degraded,teacher,float,ptq,qat,truth,kd,kd-matched,kd-matched@10,"
+    "constant:spark-paper,spark-paper,truth:spark,constant:spark,spark"
+)
 TODAY = "degraded,teacher,ptq,qat,kd-matched,kd-matched@10,truth:spark,constant:spark,spark"
-SCORED = "degraded,teacher,float,ptq,qat,kd-matched,spark-paper,spark"
 LONG = "degraded,teacher,float,ptq,qat,spark"
 LOW_RATE = (
     "degraded,teacher,float,ptq,qat,kd,kd-mse@1,kd-matched@10,fakd,slkd,spark-paper,"
@@ -89,6 +96,20 @@ POLYU_TEST_SCENES = (
     "Sony_4-5_125_3200_plant",
     "Sony_4_200_3200_door",
 )
+REAL_NOISE = Run(
+    "twin-mirnet-dncnn-sidd",
+    NOISE,
+    (
+        *POLYU,
+        "teacher.weights={out}/teacher-twin-mirnet-sidd/student.safetensors",
+        "student.weights={out}/float-twin-dncnn-sidd/student.safetensors",
+    ),
+    seeds=2,
+    before=(
+        ("teacher-twin-mirnet-sidd", *POLYU, "train.channels_last=true"),
+        ("float-twin-dncnn-sidd", *POLYU),
+    ),
+)
 FROM_ITS_TEACHER = (
     "student.weights=teacher",
     "train.steps=300",
@@ -122,18 +143,11 @@ RUNS: dict[str, Run] = {
         seeds=2,
         before=(("teacher-twin-mirnet-lol", *LOW_LIGHT, "train.channels_last=true"),),
     ),
-    "polyu-dncnn": Run(
-        "twin-mirnet-dncnn-sidd",
-        f"{ROWS},dckd",
-        (
-            *POLYU,
-            "teacher.weights={out}/teacher-twin-mirnet-sidd/student.safetensors",
-            "student.weights={out}/float-twin-dncnn-sidd/student.safetensors",
-        ),
-        before=(
-            ("teacher-twin-mirnet-sidd", *POLYU, "train.channels_last=true"),
-            ("float-twin-dncnn-sidd", *POLYU),
-        ),
+    "polyu-dncnn": REAL_NOISE,
+    "polyu-dncnn-first": replace(
+        REAL_NOISE,
+        methods=f"kd-mse@1,fakd,slkd,random:spark-paper,random:spark,{NOISE}",
+        seeds=1,
     ),
     "polyu-mirnet": Run(
         "twin-mirnet-mirnet-sidd",
@@ -154,7 +168,6 @@ RUNS: dict[str, Run] = {
         more_tests=URBAN20,
     ),
     "rfdn-x4-w4a4": Run(str(HERE / "rfdn-x4.toml"), CONTROLS, SR),
-    "rfdn-x4-w4a4-urban20": Run(str(HERE / "rfdn-x4.toml"), SCORED, SR, more_tests=URBAN20),
     "rfdn-x4-w2a2": Run(
         str(HERE / "rfdn-x4.toml"),
         ROWS,
@@ -162,35 +175,40 @@ RUNS: dict[str, Run] = {
         seeds=2,
         more_tests=URBAN20,
     ),
-    **{
-        f"srcnn-x{scale}": Run(
-            f"twin-rfdn-srcnn-x{scale}",
-            f"{ROWS},dckd",
-            (
-                *pairs,
-                f"student.weights={{out}}/float-twin-srcnn-x{scale}/student.safetensors",
-                "train.steps=500",
-                "train.teacher_cache=true",
-            ),
-            more_tests=URBAN20,
-            before=((f"float-twin-srcnn-x{scale}", *PAIRS, "train.steps=4000"),),
-        )
-        for scale, pairs in ((4, SR), (2, PAIRS))
-    },
+    "srcnn-x4": Run(
+        "twin-rfdn-srcnn-x4",
+        f"{ROWS},dckd",
+        (
+            *SR,
+            "student.weights={out}/float-twin-srcnn-x4/student.safetensors",
+            "train.steps=500",
+            "train.teacher_cache=true",
+        ),
+        before=(("float-twin-srcnn-x4", *PAIRS, "train.steps=4000"),),
+    ),
+    "srcnn-x2": Run(
+        "twin-rfdn-srcnn-x2",
+        ONE_SEED,
+        (
+            *PAIRS,
+            "student.weights={out}/float-twin-srcnn-x2/student.safetensors",
+            "train.steps=500",
+            "train.teacher_cache=true",
+        ),
+        seeds=1,
+        more_tests=URBAN20,
+        before=(("float-twin-srcnn-x2", *PAIRS, "train.steps=4000"),),
+    ),
 }
-for name, methods, steps, rate, seeds in (
-    ("long", LONG, 3000, "1e-4", 1),
-    ("low-rate", LOW_RATE, 1000, "2e-5", 2),
+for end, methods, steps, rate, seeds in (
+    ("", LOW_RATE, 1000, "2e-5", 2),
+    ("-long", LONG, 3000, "1e-4", 1),
 ):
     settings = (f"train.steps={steps}", f"train.learning_rate={rate}", "quant.equalize=true")
-    RUNS[f"rfdn-x4-w8a8-{name}"] = Run(
+    RUNS[f"rfdn-x4-w8a8{end}"] = Run(
         "twin-rfdn-rfdn-x4", methods, (*FAST, *settings), seeds, more_tests=URBAN20
     )
-for first, seeds, more_tests in (
-    ("rfdn-x4-w4a4", 1, URBAN20),
-    ("lol-mirnet", 1, ()),
-):
-    RUNS[f"{first}-spark"] = replace(RUNS[first], methods=TODAY, seeds=seeds, more_tests=more_tests)
+RUNS["lol-mirnet-spark"] = replace(RUNS["lol-mirnet"], methods=TODAY, seeds=1)
 
 
 def sparkir(*arguments: str | Path) -> None:

@@ -147,7 +147,7 @@ def _leave_ties(table: Table, read: ActivationQuantizer, written: ActivationQuan
     values = table(ints[ints != 0] * read.scale())  # of 0 every library makes the same
     for _ in range(_NUDGES):
         stored = values / written.scale() + written.zero_level
-        inside = stored[(stored > -1) & (stored < written.levels)]
+        inside = stored[(stored > 0) & (stored < written.levels - 1)]  # beyond they are clamped
         if not bool(((inside % 1 - 0.5).abs() < _NEAR_TIE).any()):
             return
         written.log_scale.add_(_NUDGE)
