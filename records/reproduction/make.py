@@ -24,6 +24,10 @@ ROWS = (
     "fakd,slkd,fixed:student_error,truth:spark-paper,constant:spark-paper,random:spark-paper,"
     "spark-paper,truth:spark,constant:spark,random:spark,spark"
 )
+OF_THE_OUTPUT = (
+    "degraded,teacher,float,ptq,qat,kd,kd-mse@1,kd-mse@20,kd-matched@10,fixed:student_error,"
+    "constant:spark-paper,spark-paper,truth:spark,constant:spark,random:spark,spark"
+)
 BASELINES = (
     *("truth", "float", "kd", "kd-mse@1", "kd-matched", "kd-matched@10", "slkd", "spark-paper"),
     *("truth:spark-paper", "constant:spark-paper", "random:spark-paper"),
@@ -170,7 +174,7 @@ RUNS: dict[str, Run] = {
     "rfdn-x4-w4a4": Run(str(HERE / "rfdn-x4.toml"), CONTROLS, SR),
     "rfdn-x4-w2a2": Run(
         str(HERE / "rfdn-x4.toml"),
-        ROWS,
+        OF_THE_OUTPUT,
         (*SR, "quant.weight_bits=2", "quant.activation_bits=2", "quant.equalize=true"),
         seeds=2,
         more_tests=URBAN20,
