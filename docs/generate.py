@@ -13,7 +13,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from sparkir.recipe import json_schema
+from sparkir.compare.methods import find
+from sparkir.recipe import json_schema, load
 
 DOCS = Path(__file__).parent
 EXAMPLES = DOCS.parent / "examples"
@@ -93,7 +94,8 @@ def _comparison(name: str) -> str:
             rows[method] += _measured(line)
     for method in paper:
         if method not in rows:
-            rows[method] = [method.upper(), *_published(paper, method), "not run"]
+            label = find(method, load("demo")).label
+            rows[method] = [label, *_published(paper, method), "not run"]
             rows[method] += [""] * (len(head) - len(rows[method]))
     lines = [head, ["---"] + ["---:"] * (len(head) - 1), *rows.values()]
     notes = [*comparison["tables"][0]["notes"], *comparison["notes"]]
