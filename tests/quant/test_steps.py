@@ -8,7 +8,6 @@ import torch.nn.functional as F
 from torch import nn
 from toys import CASES, Toy, images, in_turn
 
-from sparkir.models.facts import ModelFacts
 from sparkir.quant.arithmetic import exact_rounding, to_multiple, to_odd_fraction, to_power_of_two
 from sparkir.quant.calibrate import calibrate
 from sparkir.quant.layers import FRACTION_BITS, IMAGE_PARTS, QuantLayer, Table
@@ -125,19 +124,15 @@ def test_without_such_a_target_steps_are_free():
             assert not module.power_of_two
 
 
-class Saturating(nn.Module):
+class Saturating(Toy):
     """A function that reaches its end on most of an image."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.facts = ModelFacts(
-            name="saturating", scale=1, channels=3, value_range=1.0, taps=("head",), halo_px=2
-        )
-        self.head, self.tail = nn.Conv2d(3, 4, 3, padding=1), nn.Conv2d(4, 3, 3, padding=1)
         nn.init.constant_(self.head.weight, 10.0)
 
-    def forward(self, x):
-        return self.tail(torch.sigmoid(self.head(x)))
+    def body(self, x):
+        return torch.sigmoid(x)
 
 
 @pytest.mark.parametrize("target", ["onnxruntime", "portable"])
