@@ -10,6 +10,7 @@ import sys
 import tomllib
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import BinaryIO
 
@@ -819,6 +820,30 @@ def test_an_export_that_differs_is_written_if_one_insists_and_says_so(run_copy, 
     words = {p.key: p.value for p in onnx.load("new.onnx").metadata_props}
     assert "differs in" in words["differs"]
     assert "**Not what was trained:** quantizers_" in Path("new.md").read_text("utf-8")
+
+
+@pytest.mark.slow
+def test_a_program_that_differs_says_so_too(run_copy, monkeypatch):
+    """The real program and check; only what was found is another."""
+    pytest.importorskip("executorch.exir", reason='needs ExecuTorch: pip install "sparkir[mobile]"')
+    from sparkir.deploy import mobile_parity
+    from sparkir.deploy.executorch import ExecuTorchSession
+
+    check = mobile_parity.check_mobile_parity
+
+    def differing(*arguments):
+        return replace(check(*arguments), failures=["a grid differs in 9 of 9 values"])
+
+    monkeypatch.setattr(mobile_parity, "check_mobile_parity", differing)
+    said = call("export", "run", "--format", "executorch", "--allow-mismatch")
+    assert said.code == 0, said
+    assert "it is NOT what was trained: a grid differs" in said.out
+    words = ExecuTorchSession(run_copy / "student.pte").metadata
+    assert words["differs"] == "a grid differs in 9 of 9 values"
+
+
+def test_a_model_is_not_written_where_its_card_goes(refused, run_copy):
+    refused("export", "run", "--out", "new.md", says=["new.md is where the model card goes"])
 
 
 def test_an_unfinished_run_cannot_be_evaluated(refused, project):

@@ -365,6 +365,11 @@ def test_a_file_that_arrives_damaged_is_refused(run, hub, tmp_path, name):
     assert f"{name} is not what the Hub has under its hash" in said.err
     assert not (tmp_path / "out").exists()
     assert not list(tmp_path.glob(".*partial"))
+    assert "Pull again" in said.err
+    hub.damaged.clear()
+    again = call("pull", REPO, tmp_path / "out")
+    assert again.code == 0, again
+    assert (tmp_path / "out" / name).read_bytes() == content
 
 
 def push_files(hub, run, changes):

@@ -197,7 +197,7 @@ def calibrate_student(prepared: nn.Module, spec: QuantSpec, crops: list[Tensor])
     seen = [as_seen(crop.to(device), facts) * facts.value_range for crop in crops]
     if spec.equalize:
         equalize(cast("fx.GraphModule", prepared), seen)
-    calibrate(prepared, seen, method=spec.calibration)
+    calibrate(prepared, seen)
 
 
 def device_for(recipe: Recipe) -> torch.device:

@@ -42,12 +42,15 @@ class Exported:
         """Write the model and, beside it, its card as Markdown; returns the card's path.
 
         Raises:
-            SparkirError: one of them cannot be written.
+            SparkirError: one of them cannot be written, or `path` is the card's own.
         """
         import onnx
 
-        onnx.helper.set_model_props(self.model, self.card.to_metadata())
         beside = path.with_suffix(".md")
+        if beside == path:
+            raise SparkirError(f"{path} is where the model card goes; name the model *.onnx")
+        onnx.helper.set_model_props(self.model, self.card.to_metadata())
+        write_model(self.model, path)
         try:
             with atomic_file(beside) as file:
                 file.write(self.card.to_markdown(self.layers()).encode())
@@ -55,18 +58,26 @@ class Exported:
             raise SparkirError(
                 f"cannot write the model card {beside}: {one_line(error)}"
             ) from error
-        write_model(self.model, path)
         return beside
 
     def layers(self) -> list[tuple[str, str]]:
         """(layer, how it is stored and run), and what is left in floating point, and why."""
-        placement, fusion = placement_of(self.frozen), self.parity.fusion
-        found = []
-        for name, (bits, read) in placement.layers.items():
-            integer = fusion.layers.get(name, name not in fusion.float_layers)
-            kernel = "int8 kernel" if integer else "**in floating point**"
-            found.append((name, f"{bits}-bit weights, {read}-bit input, {kernel}"))
+        placement = placement_of(self.frozen)
+        found = [
+            (name, f"{bits}-bit weights, {read}-bit input{self._kernel(name)}")
+            for name, (bits, read) in placement.layers.items()
+        ]
         return found + [(n, f"left in float: {why}") for n, why in placement.left_in_float.items()]
+
+    def _kernel(self, layer: str) -> str:
+        """What runs a layer, where the runtime that was asked is that of the target."""
+        placement, run = placement_of(self.frozen), self.parity.fusion.layers
+        if not placement.spec.runs_on.native:
+            return ""
+        # A runtime may have given a layer another name; that is no matter if all are alike.
+        otherwise = True if len(run) >= len(placement.layers) and all(run.values()) else None
+        kernels = {True: "int8 kernel", False: "**in floating point**", None: "kernel not known"}
+        return ", " + kernels[run.get(layer, otherwise)]
 
 
 def export_onnx(

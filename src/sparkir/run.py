@@ -138,9 +138,7 @@ def _leave_in_float(state: TrainState, *, on: bool) -> None:
 def _begin_rounding(state: TrainState, recipe: Recipe, materials: Materials) -> None:
     """Set the grids to what the student has become."""
     assert recipe.quant is not None
-    state.student.eval()
     calibrate_student(state.student, recipe.quant, materials.crops)
-    state.student.train()
     if recipe.quant.equalize:
         state.optimizer.state.clear()  # its averages are of gradients by weights of another scale
     state.average = build_average(state.student, recipe.train.ema)  # of what it is now

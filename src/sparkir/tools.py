@@ -234,10 +234,12 @@ def _export_program(
     parity = check_mobile_parity(program, frozen, images)
     if not allow_mismatch:
         require_mobile_parity(parity)
-    write_program(program, path)
     said = parity.summary().splitlines()
     if parity.failures:
-        said.append(f"it is NOT what was trained: {'; '.join(parity.failures[:3])}")
+        differs = "; ".join(parity.failures[:3])
+        program = to_executorch(frozen, {"recipe": recipe.name, "differs": differs})
+        said.append(f"it is NOT what was trained: {differs}")
+    write_program(program, path)
     return said
 
 

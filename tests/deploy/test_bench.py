@@ -201,6 +201,8 @@ def test_a_row_as_text():
         ("W8A8", "onnxruntime", "onnxruntime", 2, ["2 of 5 convolutions run in float"]),
         ("W8A8", "onnxruntime", "onnxruntime", 5, ["an integer network simulated"]),
         ("W4A8", "onnxruntime", "onnxruntime", 0, ["stored in 4 bits, computed in int8"]),
+        ("W3A8", "onnxruntime", "onnxruntime", 0, ["weights of 3 bits, stored in 4 bits"]),
+        ("W7A8", "openvino", "openvino", 0, ["weights of 7 bits, stored in 8 bits"]),
         ("W4A8", "portable", "executorch", 0, ["stored in 8 bits, computed in int8"]),
     ],
 )
@@ -347,7 +349,7 @@ def test_executorch(edsr_w4, tmp_path):
     plan = Plan(sizes_px=((16, 24), (32, 24)), repeats=1, threads=os.cpu_count())
     (only,) = measure([contender], edsr_w4.facts, plan, ignore, peak=lambda *a, **k: Peak(1.0))
     assert (only.size_px, only.failure, len(only.samples_ms)) == ((16, 24), "", 1)
-    with pytest.raises(SparkirError, match="takes all cores"):
+    with pytest.raises(SparkirError, match=r"takes all \d+ cores, not \d+; measure it without"):
         open_contender(contender, threads=os.cpu_count() + 1)
 
 

@@ -129,6 +129,35 @@ def test_other_resizes_stay_in_float(enlarge):
     assert reason == "interpolation makes values between grid points"
 
 
+@pytest.mark.parametrize(
+    ("height_and_width", "result"),
+    [
+        (lambda x: x.shape[-2:], (12, 10)),
+        (lambda x: (x.size(2), x.size(3)), (12, 10)),
+        (lambda x: [12, x.size(3)], (12, 10)),
+        (lambda x: x.size(2), (12, 12)),
+        (lambda _: 9, (9, 9)),
+    ],
+)
+@pytest.mark.parametrize("by_place", [False, True])
+def test_a_size_may_be_written_in_many_ways(height_and_width, result, by_place):
+    def enlarge(x):
+        size = height_and_width(x)
+        if by_place:
+            return F.interpolate(x, size, None, "bilinear", True)
+        return F.interpolate(x, size=size, mode="bilinear", align_corners=True)
+
+    torch.manual_seed(0)
+    network = Enlarges(enlarge)
+    student = prepare(network, QuantSpec())
+    (found,) = (m for m in student.modules() if isinstance(m, ExactBilinear))
+    assert found.align_corners
+    leave_in_float(student, on=True)
+    x = torch.rand(1, 3, 12, 10)
+    assert student(x).shape[-2:] == result
+    torch.testing.assert_close(student(x), network(x), rtol=0, atol=0.02)
+
+
 @pytest.mark.parametrize("target", ["portable", "openvino"])
 def test_what_is_interpolated_and_added_is_exact(target):
     """In float32 as in float64, so that no order of operations makes a difference."""

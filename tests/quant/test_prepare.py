@@ -13,6 +13,7 @@ from torch import nn
 from toys import (
     CASES,
     LARGE,
+    WIDTH,
     Plain,
     Toy,
     convolution,
@@ -26,7 +27,7 @@ from toys import (
 from sparkir.errors import SparkirError
 from sparkir.models.facts import ModelFacts
 from sparkir.models.registry import available, build
-from sparkir.quant.calibrate import activation_quantizers
+from sparkir.quant.calibrate import activation_quantizers, leave_in_float
 from sparkir.quant.interpolate import ExactBilinear
 from sparkir.quant.layers import PassThrough, Table
 from sparkir.quant.prepare import example_px, placement_of, prepare
@@ -375,6 +376,36 @@ def test_a_network_that_cannot_be_quantized_is_refused(network, message):
         prepare(network(), W4A4)
 
 
+class OfOneSize(Toy):
+    """As with tables of positions."""
+
+    def __init__(self):
+        super().__init__()
+        self.positions = nn.Parameter(torch.zeros(1, WIDTH, 16, 16))
+
+    def body(self, x):
+        return x + self.positions
+
+
+class OfFourChannels(Plain):
+    def __init__(self):
+        super().__init__()
+        self.head = convolution(4, WIDTH)
+
+
+class OfOneExample(Toy):
+    """Takes the first size that it is shown, and no other."""
+
+    def body(self, x):
+        return x.reshape(1, -1, 48, 48)
+
+
+@pytest.mark.parametrize("network", [OfOneSize, OfFourChannels, OfOneExample])
+def test_a_network_that_does_not_take_what_its_facts_promise_is_refused(network):
+    with pytest.raises(SparkirError, match=r"px and 3 channels, as its facts promise .*any size"):
+        prepare(network(), W4A4)
+
+
 def test_a_network_without_facts_is_refused():
     network = Plain()
     del network.facts
@@ -401,6 +432,44 @@ class SizeMultiple(nn.Module):
 def test_the_network_is_run_at_a_size_that_it_can_take():
     layers = placement_of(prepare(SizeMultiple(), W4A4)).layers
     assert layers == {"deep": (8, 8), "enlarge": (8, 8)}
+
+
+class EnlargesToASize(Toy):
+    """A transposed convolution that is told how large its result has to be, as in a U-Net."""
+
+    def __init__(self):
+        super().__init__()
+        self.down = nn.Conv2d(WIDTH, WIDTH, 2, 2)
+        self.up = nn.ConvTranspose2d(WIDTH, WIDTH, 2, 2)
+
+    def body(self, x):
+        return self.up(self.down(x), output_size=x.shape[-2:]) + x
+
+
+def test_a_transposed_convolution_to_a_size_stays_in_float():
+    torch.manual_seed(0)
+    network = EnlargesToASize()
+    student = prepare(network, QuantSpec())
+    placement = placement_of(student)
+    assert placement.layers.keys() == {"head", "down", "tail"}
+    assert "up" in placement.left_in_float
+    leave_in_float(student, on=True)
+    x = torch.rand(1, 3, 21, 18)
+    torch.testing.assert_close(student(x), network(x))
+
+
+class PoolsByName(Toy):
+    def __init__(self):
+        super().__init__()
+        self.pool = nn.AdaptiveAvgPool2d(1)
+
+    def body(self, x):
+        return self.pool(input=x) + x
+
+
+def test_a_module_may_be_called_by_the_names_of_its_arguments():
+    student = prepare(PoolsByName(), QuantSpec())
+    assert placement_of(student).left_in_float == {}
 
 
 def test_quantizers_are_found_by_name():

@@ -8,6 +8,7 @@ import pytest
 import torch
 from slow_reference import FAKE_QUANTIZE, lsq
 from torch import nn
+from toys import unit_grid
 
 from sparkir.quant.arithmetic import (
     Accumulated,
@@ -31,7 +32,7 @@ GRIDS = {
 
 
 def calibrated(x: torch.Tensor, *, method="minmax", **options) -> ActivationQuantizer:
-    quantizer = ActivationQuantizer(**options)
+    quantizer = unit_grid(**options)
     quantizer.observer = RangeObserver()
     quantizer(x)
     quantizer.calibrate(method)
@@ -131,7 +132,7 @@ def test_gradients_are_fake_quantizations(bits_and_grid, learned):
 @pytest.mark.parametrize("learned", ["lsq", "pams"])
 def test_gradient_of_the_step_in_closed_form(learned):
     """LSQ: round(v) - v inside the range, the bound outside. PAMS: nothing, the bound."""
-    quantizer = ActivationQuantizer(bits=4, learned=learned)
+    quantizer = unit_grid(bits=4, learned=learned)
     x = torch.tensor([0.3, 1.6, 3.0, 14.9, 40.0, -2.0])
     by_hand = {"lsq": [-0.3, 0.4, 0.0, 0.1, 15.0, 0.0], "pams": [0.0, 0.0, 0.0, 0.0, 15.0, 0.0]}
     for place, expected in enumerate(by_hand[learned]):
@@ -167,7 +168,7 @@ CONVOLUTION = Accumulated(
 )
 def test_the_gradient_scale_counts_every_value(value, count):
     """Whatever operation made the tensor; otherwise additions would learn at another rate."""
-    quantizer = ActivationQuantizer(bits=4)
+    quantizer = unit_grid(bits=4)
     quantizer(value).dequantize().square().sum().backward()
     gradient = float(quantizer.log_scale.grad)
     with exact_rounding(False):
@@ -181,7 +182,7 @@ def test_processes_that_share_a_batch_average_to_its_gradient():
     """Each takes the mean over its half; the gradient scale must count the values of both."""
     batch, steps = torch.randn(4, 3, 5, 5), []
     for parts, ranks in ((batch.split(4), 1), (batch.split(2), 2)):
-        quantizer = ActivationQuantizer(bits=4)
+        quantizer = unit_grid(bits=4)
         quantizer.ranks = ranks
         for part in parts:
             (quantizer(part).dequantize().square().mean() / ranks).backward()
@@ -198,7 +199,7 @@ def test_scale_gradient_changes_the_gradient_alone():
 
 
 def test_nothing_is_learned_without_learning():
-    quantizer = ActivationQuantizer(bits=4, learned="none")
+    quantizer = unit_grid(bits=4, learned="none")
     assert not quantizer.log_scale.requires_grad
     x = torch.randn(50, requires_grad=True)
     quantizer(x).dequantize().sum().backward()
@@ -216,7 +217,7 @@ def test_evaluation_rounds_additions_as_the_runtime_and_training_in_float32():
         Quantized(stored[:, None] - zeros[0], torch.tensor(0.0123), zeros[0]),
         Quantized(stored[None, :] - zeros[1], torch.tensor(0.0369), zeros[1]),
     )
-    quantizer = ActivationQuantizer(bits=8)
+    quantizer = unit_grid(bits=8)
     with torch.no_grad():
         quantizer.log_scale.fill_(math.log(0.0738))
         options = {"scale": quantizer.scale(), "zero": torch.tensor(0.0), "zero_level": 0}
@@ -256,7 +257,7 @@ def test_the_image_grid_is_lossless_and_fixed(value_range):
 
 
 def test_under_an_observer_values_pass_and_are_recorded():
-    quantizer = ActivationQuantizer(bits=2)
+    quantizer = unit_grid(bits=2)
     quantizer.observer = RangeObserver()
     x = torch.randn(100)
     assert quantizer(x) is x
@@ -299,7 +300,7 @@ def test_float32_under_bfloat16(training):
 def test_state_brings_the_zero_point_back_on_the_host():
     x = torch.randn(100) + 1
     source = nn.Sequential(calibrated(x, bits=4))
-    target = nn.Sequential(ActivationQuantizer(bits=4))
+    target = nn.Sequential(unit_grid(bits=4))
     assert target[0].zero_level != source[0].zero_level
     target.load_state_dict(source.state_dict())
     assert target[0].zero_level == source[0].zero_level == int(source[0].zero_point)

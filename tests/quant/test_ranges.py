@@ -1,16 +1,28 @@
 """Where grids start: against brute force, and at the edges."""
 
+import copy
+
 import numpy as np
 import pytest
 import torch
 from torch import nn
-from toys import Plain, images
+from toys import WIDTH, Plain, images
 
 from sparkir.errors import SparkirError
-from sparkir.quant.calibrate import calibrate
+from sparkir.quant.calibrate import activation_quantizers, calibrate
 from sparkir.quant.prepare import prepare
 from sparkir.quant.ranges import SAMPLES, RangeObserver, fit_grid, fit_weight_scale
 from sparkir.quant.spec import QuantSpec
+
+
+class Normalised(Plain):
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm = nn.BatchNorm2d(WIDTH)
+        nn.init.constant_(self.norm.running_var, 0.01)
+
+    def body(self, x):
+        return self.norm(super().body(x))
 
 
 def observed(*tensors: torch.Tensor) -> RangeObserver:
@@ -218,8 +230,25 @@ def test_nan_and_infinity_are_refused(bad):
 def test_a_broken_network_is_refused_in_calibration():
     network = Plain()
     nn.init.constant_(network.middle.bias, float("nan"))
+    student = prepare(network, QuantSpec())
     with pytest.raises(SparkirError, match="NaN or infinite"):
-        calibrate(prepare(network, QuantSpec()), [images(network)])
+        calibrate(student, [images(network)])
+    assert not any(one.observer for one in activation_quantizers(student).values())
+
+
+def test_calibration_is_of_the_network_that_restores():
+    """Statistics of the calibration's batches are not its own, and must not become them."""
+    network = Normalised()
+    x = images(network)
+    students = [prepare(copy.deepcopy(network), QuantSpec()).train(mode) for mode in (False, True)]
+    for student in students:
+        calibrate(student, [x, 2 * x])
+    restoring, training = students
+    assert training.training
+    assert training.norm.training
+    for name, value in restoring.state_dict().items():
+        assert torch.equal(training.state_dict()[name], value), name
+    assert torch.equal(training.norm.running_var, network.norm.running_var)
 
 
 def test_calibration_without_images_is_refused():

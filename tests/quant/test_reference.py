@@ -6,8 +6,9 @@ import numpy as np
 import pytest
 import torch
 from torch import nn
-from toys import CASES, Toy, images, in_turn, quantized
+from toys import CASES, Plain, Toy, images, in_turn, quantized, unit_grid
 
+from sparkir.errors import SparkirError
 from sparkir.quant.arithmetic import Quantized
 from sparkir.quant.calibrate import calibrate
 from sparkir.quant.layers import QuantConv2d, QuantLinear
@@ -242,8 +243,25 @@ def test_dead_channels_keep_their_bias():
         assert bias == pytest.approx(0.7, rel=1e-5)
 
 
+def test_a_bias_beyond_int32_is_refused():
+    """Counted in steps of what a layer reads, which here is next to nothing."""
+    network = Plain().eval()
+    with torch.no_grad():
+        network.head.weight.mul_(1e-8)
+        network.head.bias.zero_()
+        network.middle.bias.fill_(0.7)
+    student = quantized(network, QuantSpec(), images(network))
+    with pytest.raises(SparkirError, match=r"sums of middle can reach .*int32.*float_layers"):
+        freeze(student)
+
+
+def test_what_has_no_grids_yet_is_refused():
+    with pytest.raises(SparkirError, match="no grids yet; calibrate it before"):
+        freeze(prepare(Plain(), QuantSpec()))
+
+
 def test_bytes_and_values_turn_into_each_other():
-    quantizer = ActivationQuantizer(bits=4)
+    quantizer = unit_grid(bits=4)
     quantizer.zero_point.fill_(5.0)
     quantizer._zero_level = 5
     grid = IntegerQuantizer(quantizer)

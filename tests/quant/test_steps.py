@@ -6,7 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
-from toys import CASES, Toy, images, in_turn
+from toys import CASES, Toy, images, in_turn, unit_grid
 
 from sparkir.quant.arithmetic import exact_rounding, to_multiple, to_odd_fraction, to_power_of_two
 from sparkir.quant.calibrate import calibrate
@@ -206,7 +206,7 @@ def test_a_slope_is_a_table_where_sums_flow_on():
 @pytest.mark.parametrize("shifts", [False, True])
 def test_a_zero_point_added_first_rounds_away_the_last_bits(shifts):
     """19.5 - 2**-18 rounds to 19; with a zero point of 128 added first, float32 holds 147.5."""
-    grid = ActivationQuantizer(bits=8, symmetric=True)
+    grid = unit_grid(bits=8, symmetric=True)
     grid.power_of_two, grid.shift_reals = True, shifts
     grid.observer = None
     with torch.no_grad():

@@ -3,7 +3,7 @@
 import pytest
 import torch
 import torch.nn.functional as F
-from toys import CASES, images, in_turn, quantized
+from toys import CASES, images, in_turn, quantized, unit_grid
 
 from sparkir.quant.quantizer import ActivationQuantizer, WeightQuantizer
 from sparkir.quant.spec import QuantSpec
@@ -68,7 +68,7 @@ def test_gradients_do_not_depend_on_how_large_the_values_are():
     gradients = []
     for factor in (1.0, 255.0):
         torch.manual_seed(0)
-        quantizer = ActivationQuantizer(bits=4)
+        quantizer = unit_grid(bits=4)
         with torch.no_grad():
             quantizer.log_scale.fill_(-1.0)
             quantizer.log_scale += torch.tensor(factor).log()

@@ -19,6 +19,7 @@ from sparkir.models.registry import build
 from sparkir.models.resample import BilinearUp, BlurDown
 from sparkir.quant.calibrate import activation_quantizers, calibrate
 from sparkir.quant.prepare import prepare
+from sparkir.quant.quantizer import ActivationQuantizer
 from sparkir.quant.ranges import RangeObserver
 from sparkir.quant.spec import QuantSpec
 
@@ -27,6 +28,13 @@ WIDTH = 8
 
 def convolution(inputs: int, outputs: int, kernel: int = 3, **options) -> nn.Conv2d:
     return nn.Conv2d(inputs, outputs, kernel, padding=kernel // 2, **options)
+
+
+def unit_grid(**options) -> ActivationQuantizer:
+    """A grid of step 1, zero at byte 0."""
+    quantizer = ActivationQuantizer(**options)
+    nn.init.zeros_(quantizer.log_scale)
+    return quantizer
 
 
 class Toy(nn.Module):

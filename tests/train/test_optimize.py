@@ -5,6 +5,7 @@ import torch
 from torch import nn, optim
 
 from sparkir.models.edsr import EDSR
+from sparkir.quant.calibrate import calibrate
 from sparkir.quant.prepare import prepare
 from sparkir.quant.spec import QuantSpec
 from sparkir.train.optimize import (
@@ -48,7 +49,9 @@ class TestSchedule:
 
 @pytest.fixture
 def prepared():
-    return prepare(EDSR(scale=2, width=4, blocks=1), QuantSpec(weight_bits=4))
+    student = prepare(EDSR(scale=2, width=4, blocks=1), QuantSpec(weight_bits=4))
+    calibrate(student, [torch.rand(1, 3, 8, 8) * 255])
+    return student
 
 
 def build(network, **options):

@@ -224,8 +224,9 @@ def notes_on(card: Card, engine: Engine, *, layers: int, float_layers: int) -> t
     elif float_layers:
         found.append(f"{float_layers} of {layers} convolutions run in float")
     bits = re.match(r"W(\d+)", card.quantization)
+    packs = engine != "executorch"
     if bits and int(bits[1]) < 8:
-        stored = 8 if engine == "executorch" else bits[1]
+        stored = next(w for w in (2, 4, 8) if w >= int(bits[1]) and (w == 8 or packs))
         found.append(f"weights of {bits[1]} bits, stored in {stored} bits, computed in int8")
     return tuple(found)
 
@@ -275,8 +276,12 @@ def _open_openvino_bfloat16(contender: Contender, threads: int) -> Run:
 def _open_executorch(contender: Contender, threads: int) -> Run:
     import os
 
-    if threads != (os.cpu_count() or threads):
-        raise SparkirError("ExecuTorch takes all cores here; measure it without --threads")
+    all_of_them = os.cpu_count() or threads
+    if threads != all_of_them:
+        raise SparkirError(
+            f"ExecuTorch takes all {all_of_them} cores, not {threads}; measure it without "
+            "--threads, in a process that may use all of them"
+        )
     from sparkir.deploy.executorch import ExecuTorchSession
 
     return ExecuTorchSession(Path(contender.file)).run

@@ -126,7 +126,12 @@ def download(listing: Listing, names: Sequence[str], folder: Path) -> None:
         )
     for name in names:
         content = (Path(cached) / name).read_bytes()
-        _require_hash(listing.files[name], content, Path(cached) / name)
+        if not _has_its_hash(listing.files[name], content):
+            _forget(Path(cached) / name)
+            raise SparkirError(
+                f"{name} is not what the Hub has under its hash; it was damaged on its way or on "
+                "this disk. Pull again"
+            )
         try:
             with synced_file(folder / name) as file:
                 file.write(content)
@@ -134,18 +139,19 @@ def download(listing: Listing, names: Sequence[str], folder: Path) -> None:
             raise SparkirError(f"cannot write {name}: {one_line(error)}") from error
 
 
-def _require_hash(known: RepoSibling, content: bytes, where: Path) -> None:
+def _has_its_hash(known: RepoSibling, content: bytes) -> bool:
     """Large files are known by their SHA-256, the others by git's hash of a blob."""
     if known.lfs is not None:
-        right = hashlib.sha256(content).hexdigest() == known.lfs.sha256
-    else:
-        blob = b"blob %d\0" % len(content) + content
-        right = hashlib.sha1(blob, usedforsecurity=False).hexdigest() == known.blob_id
-    if not right:
-        raise SparkirError(
-            f"{known.rfilename} is not what the Hub has under its hash; delete {where} and pull "
-            "again"
-        )
+        return hashlib.sha256(content).hexdigest() == known.lfs.sha256
+    blob = b"blob %d\0" % len(content) + content
+    return hashlib.sha1(blob, usedforsecurity=False).hexdigest() == known.blob_id
+
+
+def _forget(cached: Path) -> None:
+    """Take a file out of huggingface_hub's cache: the link by its name, and what it links to."""
+    stored = cached.resolve()
+    cached.unlink()
+    stored.unlink(missing_ok=True)
 
 
 @contextmanager

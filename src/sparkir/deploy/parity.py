@@ -86,7 +86,7 @@ class Parity:
     """What executed the file."""
     fusion: Fusion
     grids: int
-    """QDQ pairs in the file, as many as the network has quantizer calls."""
+    """Quantizer calls of the network; of equal ones in a row the file has one."""
     failures: list[str] = field(default_factory=list)
     saturated: bool = False
     """Whether the runtime cannot be right on this processor, with weights of 8 bits."""
@@ -114,6 +114,7 @@ def check_parity(
     The runtime is that of the network's target unless given. Nothing is raised; `failures` says
     what is wrong, the first diverging layer first.
     """
+    assert images, "nothing would be compared"
     runtime = runtime or placement_of(frozen).spec.runs_on.runtime
     names, shown = _with_grids_as_outputs(model)
     session = open_session(shown.SerializeToString(), runtime=runtime)

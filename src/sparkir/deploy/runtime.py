@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import tempfile
 from collections import Counter
 from dataclasses import dataclass
@@ -22,6 +23,8 @@ if TYPE_CHECKING:
 _INTEGER = ("QLinear", "ConvInteger", "MatMulInteger", "QGemm", "NhwcMaxPool")
 _INTEGER_LAYERS = ("QLinearConv", "QLinearMatMul", "QGemm")
 _FLOAT_LAYERS = ("Conv", "FusedConv", "NhwcFusedConv", "ConvTranspose", "Gemm", "MatMul")
+_FUSED = re.compile(r"_token_\d+$")
+"""What ONNX Runtime appends to the name of a layer that it has put together with its grids."""
 _NO_WORK = ("Input", "Output", "Const", "Reshape", "ShapeOf", "Reorder")
 
 
@@ -109,7 +112,7 @@ def _onnxruntime_operators(model: onnx.ModelProto) -> list[_Operator]:
         nodes = list(onnx.load(optimized).graph.node)
     return [
         _Operator(
-            name=n.name,
+            name=_FUSED.sub("", n.name),
             kind=n.op_type,
             integer=n.op_type.startswith(_INTEGER),
             is_layer=n.op_type in (*_FLOAT_LAYERS, *_INTEGER_LAYERS),

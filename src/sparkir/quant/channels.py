@@ -128,13 +128,23 @@ class ChannelReader(fx.Interpreter):
         if image.dim() != 4 or result.dim() != 4:
             return None
         mine = [self.classes.of(channel) for channel in self.channels[node.all_input_nodes[0]]]
-        numbers = torch.tensor(mine, dtype=torch.float64, device=image.device) + 1
-        planes = numbers.view(1, -1, 1, 1).expand(image.shape).contiguous()
+
+        def arrived(numbers: list[int]) -> list[list[int]]:
+            """For each channel of the result, which of these positive numbers it holds."""
+            planes = torch.tensor(numbers, dtype=torch.float64, device=image.device)
+            planes = planes.view(1, -1, 1, 1).expand(image.shape).contiguous()
+            moved = module(planes, *sizes, **words).transpose(0, 1)
+            return [[int(n) for n in plane.unique().tolist() if n > 0] for plane in moved]
+
+        end = len(self.classes) + 1
+        forth, back = arrived([n + 1 for n in mine]), arrived([end - n for n in mine])
         found = []
-        for plane in module(planes, *sizes, **words).transpose(0, 1):
-            there = [int(number) - 1 for number in plane.unique().tolist() if number > 0]
-            self.classes.join(there)
-            found.append(there[0] if there else FIXED)  # nothing but padding
+        for there, reverse in zip(forth, back, strict=True):
+            classes = [number - 1 for number in there]
+            if set(classes) != {end - number for number in reverse}:
+                return None  # it chose by size, as the largest of all channels
+            self.classes.join(classes)
+            found.append(classes[0] if classes else FIXED)  # nothing but padding
         return found
 
     def _fix(self, nodes: Iterable[fx.Node], count: int) -> list[int]:

@@ -14,18 +14,22 @@ is rounded, which backward passes with random signs measure.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor, fx
+from torch import Tensor, fx, nn
 
-from sparkir.quant.calibrate import leave_in_float
+from sparkir.errors import SparkirError
+from sparkir.models.modes import evaluating
+from sparkir.quant.calibrate import NO_IMAGES, leave_in_float
 from sparkir.quant.channels import FIXED, ChannelReader
 from sparkir.quant.graph import Tap
 from sparkir.quant.layers import QuantConv2d
 from sparkir.quant.quantizer import ActivationQuantizer
+from sparkir.quant.ranges import NOT_FINITE
 
 _ROUNDS, _RATE = 300, 0.1
 _WITH_GRADIENTS = 3
@@ -50,17 +54,35 @@ def equalize(student: fx.GraphModule, batches: Iterable[Tensor]) -> tuple[NoiseS
 
     Returns:
         What rounding is expected to cost the output with factors of 1, and with those chosen.
+
+    Raises:
+        SparkirError: there are no images, or the network computes NaN on them; nothing was scaled.
     """
-    mode = student.training
     leave_in_float(student, on=True)
     try:
-        noise = _Noise(student.eval(), batches)
+        with evaluating(student), _gradients_asked_for(student):
+            noise = _Noise(student, batches)
     finally:
         leave_in_float(student, on=False)
-        student.train(mode)
     factors = noise.least()
+    if not bool(factors.isfinite().all()):
+        raise SparkirError(NOT_FINITE)
     noise.scale(factors)
     return noise.share(torch.ones_like(factors)), noise.share(factors)
+
+
+@contextmanager
+def _gradients_asked_for(student: nn.Module) -> Iterator[None]:
+    """Of all parameters, frozen ones too; then everything as it was, gradients included."""
+    kept = {p: (p.requires_grad, p.grad) for p in student.parameters()}
+    student.requires_grad_(True)
+    student.zero_grad()
+    try:
+        yield
+    finally:
+        for parameter, (asked, gradient) in kept.items():
+            parameter.requires_grad_(asked)
+            parameter.grad = gradient
 
 
 @dataclass
@@ -156,8 +178,6 @@ class _Noise:
 
     def __init__(self, student: fx.GraphModule, batches: Iterable[Tensor]) -> None:
         reader, draw = _Observer(student), torch.Generator().manual_seed(0)
-        kept = {parameter: parameter.grad for parameter in student.parameters()}
-        student.zero_grad()
         count = 0
         for batch in batches:
             if count == _WITH_GRADIENTS:
@@ -169,6 +189,8 @@ class _Noise:
                 output = reader.run(batch)
                 signs = torch.randint(2, output.shape, generator=draw).to(output) * 2 - 1
                 (output * signs).sum().div(output.numel() ** 0.5).backward()
+        if not count:
+            raise SparkirError(NO_IMAGES)
         self.student, self.classes = student, reader.classes
         self.taps = {
             module: self._classes_of(channels)
@@ -177,8 +199,6 @@ class _Noise:
         }
         self._take_tensors(reader, count)
         self._take_convolutions(reader, count)
-        for parameter, gradient in kept.items():
-            parameter.grad = gradient
 
     def _take_tensors(self, reader: _Observer, batches: int) -> None:
         grids: dict[str, list[_Seen]] = {}

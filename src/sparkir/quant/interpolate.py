@@ -17,6 +17,7 @@ from torch import Tensor, fx, nn
 from sparkir.quant.calls import named
 
 WEIGHT_BITS = 7
+_WORDS = "input size scale_factor mode align_corners recompute_scale_factor antialias"
 
 
 class ExactBilinear(nn.Module):
@@ -56,9 +57,9 @@ def resize_of(node: fx.Node, module: fx.GraphModule) -> dict[str, Any] | None:
     if node.op == "call_module":
         called = module.get_submodule(str(node.target))
         return vars(called) if isinstance(called, nn.Upsample) else None
-    if node.target is not F.interpolate or not 0 < len(node.args) < 5:
+    if node.target is not F.interpolate or not node.args:
         return None
-    return {"mode": "nearest"} | named(node, "input size scale_factor mode")
+    return {"mode": "nearest"} | named(node, _WORDS)
 
 
 def repeats_pixels(resize: dict[str, Any]) -> bool:
@@ -74,13 +75,19 @@ def is_interpolation(node: fx.Node, module: fx.GraphModule) -> bool:
     )
 
 
-def make_interpolation_exact(module: fx.GraphModule) -> None:
-    """Replace every bilinear resize in a traced network, to a size or by a whole factor."""
+def make_interpolation_exact(module: fx.GraphModule, example: Tensor) -> None:
+    """Replace every bilinear resize in a traced network, to a size or by a whole factor.
+
+    `example` (1, C, H, W) is an image that the network can take.
+    """
+    sizes = _Sizes(module)
+    with torch.no_grad():
+        sizes.run(example)
     for node in list(module.graph.nodes):
         resize = resize_of(node, module)
         if resize is None or resize["mode"] != "bilinear" or resize.get("antialias"):
             continue
-        size = _size_of(node, resize)
+        size = _size_of(node, resize, sizes)
         if size is None:
             continue
         name = f"operations.{node.name}"
@@ -89,6 +96,23 @@ def make_interpolation_exact(module: fx.GraphModule) -> None:
         node.op, node.target = "call_module", name
         node.args, node.kwargs = (node.args[0], *size), {}
     module.recompile()
+
+
+class _Sizes(fx.Interpreter):
+    """Notes which nodes are one number, and which are two, as `x.shape[-2:]`."""
+
+    def __init__(self, module: fx.GraphModule) -> None:
+        super().__init__(module)
+        self.single: set[fx.Node] = set()
+        self.pairs: set[fx.Node] = set()
+
+    def run_node(self, n: fx.Node) -> Any:  # noqa: ANN401 - torch's own signature
+        result = super().run_node(n)
+        if isinstance(result, int):
+            self.single.add(n)
+        elif isinstance(result, tuple | list) and len(result) == 2:
+            self.pairs.add(n)
+        return result
 
 
 def _whole_factors(resize: dict[str, Any]) -> tuple[int, int] | None:
@@ -102,14 +126,20 @@ def _whole_factors(resize: dict[str, Any]) -> tuple[int, int] | None:
     return int(factors[0]), int(factors[1])
 
 
-def _size_of(node: fx.Node, resize: dict[str, Any]) -> tuple[Any, Any] | None:
+def _size_of(node: fx.Node, resize: dict[str, Any], sizes: _Sizes) -> tuple[Any, Any] | None:
     """(height, width) of the result, where they are known to be all that decides it."""
     size, factors = resize.get("size"), _whole_factors(resize)
+    graph, image = node.graph, node.args[0]
     if isinstance(size, tuple | list) and len(size) == 2:
         return size[0], size[1]
+    if isinstance(size, int) or (isinstance(size, fx.Node) and size in sizes.single):
+        return size, size
+    if isinstance(size, fx.Node) and size in sizes.pairs:
+        with graph.inserting_before(node):
+            height, width = (graph.call_function(operator.getitem, (size, i)) for i in (0, 1))
+        return height, width
     if factors is None:
         return None
-    graph, image = node.graph, node.args[0]
     with graph.inserting_before(node):
         height, width = (
             graph.call_function(operator.mul, (graph.call_method("size", (image, dim)), factor))

@@ -30,9 +30,9 @@ from sparkir.quant.fused import round_bias, rounds_fused
 from sparkir.quant.quantizer import (
     ActivationQuantizer,
     ConstantQuantizer,
-    Learned,
     WeightQuantizer,
 )
+from sparkir.quant.spec import Learned
 
 FRACTION_BITS = 15
 """Of sums that flow on as real values, in steps of the grid that they reach. Eight more bits hold

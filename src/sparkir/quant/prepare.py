@@ -116,26 +116,43 @@ def prepare(network: nn.Module, spec: QuantSpec) -> fx.GraphModule:
     image on the image's own grid of 256 levels: what a PNG file would hold.
 
     Raises:
-        SparkirError: the forward cannot be traced, or returns several values; or `spec` leaves
-            layers in float that there are not.
+        SparkirError: the forward cannot be traced, does not take the images that the facts promise,
+            or returns several values; or `spec` leaves layers in float that there are not.
     """
     facts, device = facts_of(network), device_of(network)
     network = copy.deepcopy(network).cpu()  # where grids and constants are made
-    module = trace(copy.deepcopy(network), facts.taps)
+    module = trace(copy.deepcopy(network), facts.taps).eval()  # examples must teach it nothing
     side = example_px(facts, at_least=EXAMPLE_PX)
     draw = torch.Generator().manual_seed(0)
     example = torch.rand(1, facts.channels, side, side, generator=draw) * facts.value_range
-    _require_same(network, module, example)
     more = example_px(facts, at_least=side + _MORE_PX) - side
     larger = F.pad(example, (0, more, 0, more))
+    _require_runs(network, example, larger)
+    _require_same(network, module, example)
     rewrite(module, example, larger, constant_bits=spec.most_weight_bits)
-    make_interpolation_exact(module)
+    make_interpolation_exact(module, example)
     plan = _Plan(module, classify(module, example), spec)
     prepared = _Rewriter(module, plan, image_step=facts.value_range / 255).run()
     setattr(prepared, "facts", facts)  # noqa: B010 - for mypy
     prepared.train(network.training)
     take_steps_together(prepared)
     return prepared.to(device)
+
+
+@torch.no_grad()
+def _require_runs(network: nn.Module, *images: Tensor) -> None:
+    """Whether it takes images of several sizes."""
+    restoring = copy.deepcopy(network).eval()
+    for image in images:
+        try:
+            restoring(image)
+        except Exception as error:  # of the user's code, which may raise anything
+            _, channels, height, width = image.shape
+            raise SparkirError(
+                f"{type(network).__name__} does not take an image of {width}x{height} px and "
+                f"{channels} channels, as its facts promise ({error}); set channels, size_multiple "
+                "and min_size_px of its ModelFacts, and let its forward take any size"
+            ) from error
 
 
 @torch.no_grad()

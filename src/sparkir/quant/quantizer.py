@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from typing import Any, Literal, NamedTuple, cast
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
@@ -22,8 +22,7 @@ from sparkir.quant.arithmetic import (
 )
 from sparkir.quant.fused import round_weights, rounds_fused
 from sparkir.quant.ranges import RangeObserver, fit_grid, fit_weight_scale
-
-Learned = Literal["lsq", "pams", "none"]
+from sparkir.quant.spec import Calibration, Learned
 
 
 def scale_gradient(x: Tensor, factor: float) -> Tensor:
@@ -123,7 +122,7 @@ class ActivationQuantizer(Stepped):
         not become a submodule; the ratio of the steps must then be an odd fraction."""
         self.learned: Learned = "none" if image_step is not None else learned
         self.log_scale = nn.Parameter(
-            torch.tensor(math.log(image_step) if image_step is not None else 0.0),
+            torch.tensor(math.nan if image_step is None else math.log(image_step)),
             requires_grad=self.learned != "none",
         )
         self.image_step = image_step
@@ -187,7 +186,7 @@ class ActivationQuantizer(Stepped):
         """Whether `value` was made by this very quantizer, upstream of a shuffle or a pooling."""
         return value.zero is self.zero_point
 
-    def calibrate(self, method: Literal["mse", "percentile", "minmax"]) -> None:
+    def calibrate(self, method: Calibration) -> None:
         """Fit step and zero point to what the observer saw, and stop observing."""
         assert self.observer is not None
         seen, self.observer = self.observer, None
@@ -274,7 +273,7 @@ class WeightQuantizer(Stepped):
         return ints, scale
 
     @torch.no_grad()
-    def calibrate(self, weight: Tensor, method: Literal["mse", "percentile", "minmax"]) -> None:
+    def calibrate(self, weight: Tensor, method: Calibration) -> None:
         """Fit the steps to `weight` (C_out, ...)."""
         self.log_scale.copy_(fit_weight_scale(weight, bits=self.bits, method=method).log())
 

@@ -6,14 +6,17 @@ This alone, without training, is post-training quantization (PTQ).
 from __future__ import annotations
 
 import math
-from typing import Literal
 
 import torch
 from torch import Tensor
 
 from sparkir.errors import SparkirError
+from sparkir.quant.spec import Calibration
 
-Method = Literal["mse", "percentile", "minmax"]
+NOT_FINITE = (
+    "the network computes NaN or infinite values on the calibration images; check its weights and "
+    "its value range"
+)
 SAMPLES = 65_521
 """A prime: steps between samples then share no factor with a row, or one column would be all."""
 _MOST = 16 * SAMPLES
@@ -47,10 +50,7 @@ class RangeObserver:
         flat = x.detach().float().flatten()
         low, high = float(flat.min()), float(flat.max())
         if not (math.isfinite(low) and math.isfinite(high)):
-            raise SparkirError(
-                "the network computes NaN or infinite values on the calibration images; "
-                "check its weights and its value range"
-            )
+            raise SparkirError(NOT_FINITE)
         self.low, self.high = min(self.low, low), max(self.high, high)
         self._thinned = self._thinned or max(flat.numel(), SAMPLES)
         self._kept.append(_evenly(flat, flat.numel() * SAMPLES // self._thinned))
@@ -75,7 +75,7 @@ def fit_grid(
     seen: RangeObserver,
     *,
     bits: int,
-    method: Method,
+    method: Calibration,
     symmetric: bool,
     non_negative: bool,
     unsigned: bool = True,
@@ -101,7 +101,13 @@ def fit_grid(
 
 
 def _fit_range(
-    seen: RangeObserver, *, method: Method, low: float, high: float, top: int, fixed: int | None
+    seen: RangeObserver,
+    *,
+    method: Calibration,
+    low: float,
+    high: float,
+    top: int,
+    fixed: int | None,
 ) -> tuple[float, int]:
     sample = seen.sample()
     if method == "percentile":
@@ -183,7 +189,7 @@ def _squared_error(x: Tensor, step: float, zero: int, top: int) -> float:
 
 
 @torch.no_grad()
-def fit_weight_scale(weight: Tensor, *, bits: int, method: Method) -> Tensor:
+def fit_weight_scale(weight: Tensor, *, bits: int, method: Calibration) -> Tensor:
     """(C_out,), the step of each output channel of `weight` (C_out, ...)."""
     rows = weight.detach().flatten(1)
     low, high = -(2 ** (bits - 1)), 2 ** (bits - 1) - 1

@@ -14,6 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
+from sparkir.errors import SparkirError
 from sparkir.quant.arithmetic import Accumulated, Quantized, Value, quantize
 from sparkir.quant.fixed import FixedSoftmax
 from sparkir.quant.layers import QuantConv2d, QuantLayer, Table, as_constant
@@ -37,8 +38,14 @@ class IntegerQuantizer(nn.Module):
     zero_point: Tensor
 
     def __init__(self, quantizer: ActivationQuantizer) -> None:
-        """Freeze `quantizer`."""
+        """Freeze `quantizer`.
+
+        Raises:
+            SparkirError: nobody has calibrated it.
+        """
         super().__init__()
+        if not bool(quantizer.scale().isfinite()):
+            raise SparkirError("the student has no grids yet; calibrate it before you freeze it")
         self.register_buffer("scale", quantizer.scale().detach().clone())
         self.register_buffer("zero_point", quantizer.zero_point.clone())
         self.levels, self.zero_level = quantizer.levels, quantizer.zero_level
@@ -103,7 +110,12 @@ class IntegerLayer(nn.Module):
         self.register_buffer("bias", None if bias is None else bias.detach().to(torch.int32))
         farthest = max(source.zero_level, source.levels - 1 - source.zero_level)
         largest = _largest_sum(self.weight, self.bias, farthest)
-        assert largest < _INT32, f"{name}: sums of {largest:.3g} overflow int32"
+        if largest >= _INT32:
+            raise SparkirError(
+                f"the sums of {name} can reach {largest:.3g}, more than the int32 of every runtime "
+                "holds: what it reads is tiny beside its bias. Leave it in float with "
+                "quant.float_layers"
+            )
         high, low = _halves(self.weight)
         halves = _largest_sum(high, None, farthest), _largest_sum(low, self.bias, farthest)
         self.in_halves = max(halves) < _EXACT_FLOAT32 <= largest
@@ -178,6 +190,9 @@ def freeze(student: fx.GraphModule) -> fx.GraphModule:
 
     Of a function's table whose entries lie on ties the step is another by a few parts in 10,000
     (`steps.leave_ties`). The graph stays the same node for node, so that layers keep their names.
+
+    Raises:
+        SparkirError: the student is not calibrated, or sums of a layer do not fit int32.
     """
     frozen: Any = copy.deepcopy(student).eval().cpu()
     leave_ties(frozen)

@@ -101,11 +101,16 @@ class _Rewriter:
         layer = self.module.get_submodule(str(node.target))
         if isinstance(layer, nn.AdaptiveAvgPool2d) and _is_one(layer.output_size):
             self._average(node)
-        elif isinstance(layer, nn.ConvTranspose2d) and interleaves(layer):
+        elif isinstance(layer, nn.ConvTranspose2d) and self._interleaves(node, layer):
             self.module.set_submodule(str(node.target), InterleavedConv2d(layer))
             self._shuffle(node, layer.stride[0])
         elif isinstance(layer, InterleavedConv2d):  # called before
             self._shuffle(node, layer.phases.stride)
+
+    def _interleaves(self, node: fx.Node, layer: nn.ConvTranspose2d) -> bool:
+        """Whether its phases make all that its calls want: not a size of their own."""
+        calls = [n for n in self.graph.nodes if n.op == "call_module" and n.target == node.target]
+        return interleaves(layer) and all(n.args == tuple(n.all_input_nodes) for n in calls)
 
     def _shuffle(self, node: fx.Node, stride: int) -> None:
         with self.graph.inserting_after(node):
@@ -116,8 +121,8 @@ class _Rewriter:
         """Let `node` call a new module on its first argument."""
         name = f"rewritten.{node.name}"
         self.module.add_submodule(name, module)
-        node.op, node.target, node.kwargs = "call_module", name, {}
-        node.args = node.args[:1]
+        node.op, node.target = "call_module", name
+        node.args, node.kwargs = tuple(node.all_input_nodes[:1]), {}
 
     def _constant_convolution(self, node: fx.Node) -> None:
         """Blurring and interpolating: weights that few bits hold exactly."""

@@ -3,13 +3,23 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar, Literal
+from typing import ClassVar, Literal, get_args
 
 from sparkir.errors import SparkirError
 from sparkir.quant.targets import TARGETS, Target, TargetName
 
 CARRIER_BITS = 8
 """Bits of tensors that are only added, shuffled or passed through a table, never multiplied."""
+
+
+ActivationGrid = Literal["auto", "affine", "symmetric"]
+Learned = Literal["lsq", "pams", "none"]
+Calibration = Literal["mse", "percentile", "minmax"]
+_CHOICES = {
+    "activation_grid": get_args(ActivationGrid),
+    "learned": get_args(Learned),
+    "calibration": get_args(Calibration),
+}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -39,13 +49,13 @@ class QuantSpec:
     float_layers: tuple[str, ...] = ()
     """Layers to leave in floating point, by name; `*` stands for anything, as in `tail.*`. The
     first and last layer stay those of the whole network: no other takes their place."""
-    activation_grid: Literal["auto", "affine", "symmetric"] = "auto"
+    activation_grid: ActivationGrid = "auto"
     """`affine` fits both ends of the range; `symmetric` keeps zero in the middle; `auto` is
     symmetric at 8 bits for targets that fuse, and at all widths for those that take nothing else. A
     tensor that is never negative starts at zero, except where there is only int8."""
-    learned: Literal["lsq", "pams", "none"] = "lsq"
+    learned: Learned = "lsq"
     """How steps are trained: LSQ (Esser 2020), a clip bound as in PAMS (Li 2020), or not at all."""
-    calibration: Literal["mse", "percentile", "minmax"] = "mse"
+    calibration: Calibration = "mse"
     """How ranges start: least squared error, the 99.9th percentile, or the extremes."""
     equalize: bool = False
     """Scale channels before grids are fitted, so that rounding costs the output least
@@ -55,11 +65,16 @@ class QuantSpec:
     """Where the network will run; see `targets`."""
 
     def __post_init__(self) -> None:
-        """Refuse bit widths that no grid here can hold."""
+        """Refuse what there is not, and bit widths that no grid here can hold."""
         for field in ("weight_bits", "activation_bits", "first_last_bits"):
             bits = getattr(self, field)
-            if not 2 <= bits <= 8:
+            if bits not in range(2, 9):
                 raise SparkirError(f"{field} is {bits}; choose a whole number from 2 to 8")
+        for field, known in _CHOICES.items():
+            if getattr(self, field) not in known:
+                raise SparkirError(
+                    f"no {field} {getattr(self, field)!r}; known: {', '.join(known)}"
+                )
         if self.target not in TARGETS:
             raise SparkirError(f"no target {self.target!r}; known: {', '.join(TARGETS)}")
         if self.runs_on.int8_only and self.activation_grid == "affine":
