@@ -653,6 +653,9 @@ def test_a_comparison_has_a_bar_for_every_training_and_one_for_all(capsys):
         assert notes == ["", "teacher on 2 images", "loss 0.50000"]
         shown({"kind": "cell_done", "cell": "QAT, seed 0", "failed": ""})
         assert [task.completed for task in shown.progress.tasks] == [2, 5]
+        # Of a worker that was killed before it began:
+        shown({"kind": "cell_done", "cell": "PTQ, seed 0", "failed": "exit code -9"})
+        assert [task.completed for task in shown.progress.tasks] == [3, 5]
         assert shown.training  # or a first Ctrl-C would not wait for the step
     assert capsys.readouterr().err.count("the same for both") == 1
 
@@ -661,6 +664,11 @@ def test_a_comparison_has_a_bar_for_every_training_and_one_for_all(capsys):
 
 EDSR = ("edsr", "--weights", "teacher.safetensors")
 OPTIONS = ("--option", "width=8", "--option", "blocks=1", "--option", "scale=2")
+
+
+def test_the_teachers_weights_are_a_word_for_students_alone(refused, project):
+    network = ("edsr", "--weights", "teacher", *OPTIONS)
+    refused("evaluate", *network, "--data", "test", says=["no weights at teacher; check the path"])
 
 
 @pytest.mark.parametrize("data", ["nowhere", "empty"])
@@ -842,8 +850,24 @@ def test_a_program_that_differs_says_so_too(run_copy, monkeypatch):
     assert words["differs"] == "a grid differs in 9 of 9 values"
 
 
-def test_a_model_is_not_written_where_its_card_goes(refused, run_copy):
-    refused("export", "run", "--out", "new.md", says=["new.md is where the model card goes"])
+@pytest.mark.parametrize(
+    ("out", "says"),
+    [
+        ("new.md", "new.md is no name for this format; give a file *.onnx"),
+        ("run", "run is no name for this format"),
+        ("notes.onnx", "notes.md is there, where the model card goes, and is none"),
+    ],
+)
+def test_where_an_export_cannot_go(refused, run_copy, out, says):
+    Path("notes.md").write_text("# Mine\n", "utf-8")
+    refused("export", "run", "--out", out, says=[says])
+    assert Path("notes.md").read_text("utf-8") == "# Mine\n"
+
+
+@pytest.mark.parametrize("content", ["{bad", "{}", "[1]", '{"rows": [{}]}'])
+def test_an_export_with_a_damaged_report(refused, run_copy, content):
+    (run_copy / "report.json").write_text(content, "utf-8")
+    refused("export", "run", says=["report.json is damaged", "delete it to export without"])
 
 
 def test_an_unfinished_run_cannot_be_evaluated(refused, project):

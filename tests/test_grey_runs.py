@@ -215,7 +215,9 @@ def test_a_teacher_of_one_channel_for_a_student_of_three(project):
 @pytest.mark.parametrize(
     ("override", "says"),
     [
-        ("train.steps=5", ["what is evaluated is made already", "data.test_sigma=50"]),
+        ("train.steps=5", ["changes nothing that is evaluated", "data.test_sigma=50"]),
+        ("data.patch_px=16", ["'data.patch_px' changes nothing that is evaluated"]),
+        ("data.test=other", ["'data.test' changes nothing that is evaluated", "--data"]),
         ("data.test_sgima=5", ["unknown key 'data.test_sgima'", "'data.test_sigma'"]),
         ("data.test_sigma=loud", ["--set: data.test_sigma = 'loud'"]),
         ("data.test_quality=5", ['data.test_quality is for data.degradation = "jpeg"']),

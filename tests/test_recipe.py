@@ -170,6 +170,15 @@ class TestUnknownKeys:
         assert "did you mean" not in message
         assert "known: " in message
 
+    def test_of_quantization(self):
+        message = message_of({"quant.qqqqqq": 1})
+        assert "unknown key 'quant.qqqqqq'; known: quant.weight_bits, " in message
+        assert "__" not in message
+
+    @pytest.mark.parametrize("seed", [-1, 2**62])
+    def test_seeds_that_no_generator_takes(self, seed):
+        assert f"seed = {seed}: " in message_of({"seed": seed})
+
     def test_all_are_named_at_once(self):
         message = message_of({"sed": 1, "train.step": 2})
         assert "'sed'" in message
@@ -281,6 +290,11 @@ class TestInconsistent:
                 | {"student.weights": "teacher"},
                 'student.weights = "teacher" needs a [teacher]',
             ),
+            ({"teacher.weights": "teacher"}, "is for the student; name a checkpoint"),
+            ({"name": "a/b"}, "name = 'a/b' cannot be that of a folder"),
+            ({"name": "a\\b"}, "cannot be that of a folder"),
+            ({"name": ""}, "name = '' cannot be that of a folder"),
+            ({"name": ".."}, "name = '..' cannot be that of a folder"),
             ({"data.scale": None}, "bicubic needs data.scale = 2, 3, 4 or 8"),
             (
                 {"distill.method": "fitnet", "distill.target": "truth"},
@@ -371,6 +385,9 @@ class TestFiles:
         path = write(MINIMAL)
         assert load(path) == load(str(path)) == load("mine.toml")
         assert load("demo").name == "demo"
+
+    def test_as_some_editors_write_it(self, write):
+        assert load(write("\ufeff" + FULL)).name == "mine"
 
     def test_unknown_name(self):
         with pytest.raises(SparkirError, match=r"no recipe file dmo; .*did you mean 'demo'"):

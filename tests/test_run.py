@@ -21,6 +21,7 @@ from helpers import (
     IN_FLOAT,
     Finished,
     call,
+    contents,
     load_image,
     one_order_of_sums,
     photo,
@@ -29,6 +30,7 @@ from helpers import (
 )
 from sparkir import recipe
 from sparkir.assemble import gather, load_student, open_pairs
+from sparkir.data.atomic import held
 from sparkir.data.degrade import bicubic_resize
 from sparkir.deploy.onnx import to_onnx
 from sparkir.errors import SparkirError
@@ -449,6 +451,23 @@ def test_resuming_from_a_damaged_checkpoint(stopped_run):
     assert checkpoint.read_bytes() == content
     checkpoint.unlink()
     assert call("distill", "tiny.toml", "--out", "run", "--resume").code == 0
+
+
+def test_a_run_that_is_at_work_is_left_alone(stopped_run):
+    before = contents(stopped_run)
+    with held(stopped_run / "recipe.toml", wait=False):
+        said = call("distill", "tiny.toml", "--out", "run", "--resume")
+    assert said.code == 1
+    assert said.err == "error: another process is at work in run; wait for it, or stop it\n"
+    assert contents(stopped_run) == before
+    assert call("distill", "tiny.toml", "--out", "run", "--resume").code == 0
+
+
+def test_a_student_that_cannot_be_frozen_is_not_kept(project):
+    said = call("distill", "tiny.toml", "--out", "run", "--set", "train.learning_rate=1e30")
+    assert said.code == 1
+    assert len(said.err.splitlines()) == 1
+    assert not (project / "run/student.safetensors").exists()
 
 
 def test_resuming_on_other_images(stopped_run, project):

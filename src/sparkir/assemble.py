@@ -134,7 +134,7 @@ def convention(space: Literal["y", "rgb", "grey"], scale: int) -> Convention:
 
 
 def build_network(choice: Network) -> nn.Module:
-    """A network by name, with its weights unless they are the teacher's.
+    """A network by name, with its weights if it names any.
 
     Raises:
         SparkirError: there is no such network, or the weights do not fit it.
@@ -146,7 +146,7 @@ def build_network(choice: Network) -> nn.Module:
             )
         return recognised(weights_path(choice.weights))
     network = build(choice.model, **choice.options)
-    if choice.weights and choice.weights != "teacher":
+    if choice.weights:
         load_weights(network, weights_path(choice.weights))
     return network
 
@@ -171,8 +171,10 @@ def build_student(recipe: Recipe, teacher: nn.Module | None) -> nn.Module:
             "quantized; name a network of `sparkir models`, or a function of yours"
         )
     torch.manual_seed(recipe.seed)
-    student = build_network(recipe.student)
-    if recipe.student.weights == "teacher":
+    copied = recipe.student.weights == "teacher"
+    own = {"weights": ""} if copied else {}
+    student = build_network(recipe.student.model_copy(update=own))
+    if copied:
         assert teacher is not None
         try:
             student.load_state_dict(teacher.state_dict())

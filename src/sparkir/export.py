@@ -12,7 +12,7 @@ from torch.fx import GraphModule
 
 from sparkir.data.atomic import atomic_file
 from sparkir.data.codec import one_line
-from sparkir.deploy.card import Card
+from sparkir.deploy.card import Card, is_card
 from sparkir.deploy.onnx import to_onnx, write_model
 from sparkir.deploy.parity import Parity, check_parity, require_parity
 from sparkir.errors import SparkirError
@@ -42,13 +42,11 @@ class Exported:
         """Write the model and, beside it, its card as Markdown; returns the card's path.
 
         Raises:
-            SparkirError: one of them cannot be written, or `path` is the card's own.
+            SparkirError: one of them cannot be written.
         """
         import onnx
 
         beside = path.with_suffix(".md")
-        if beside == path:
-            raise SparkirError(f"{path} is where the model card goes; name the model *.onnx")
         onnx.helper.set_model_props(self.model, self.card.to_metadata())
         write_model(self.model, path)
         try:
@@ -78,6 +76,19 @@ class Exported:
         otherwise = True if len(run) >= len(placement.layers) and all(run.values()) else None
         kernels = {True: "int8 kernel", False: "**in floating point**", None: "kernel not known"}
         return ", " + kernels[run.get(layer, otherwise)]
+
+
+def require_no_other_card(path: Path) -> None:
+    """Stop now if the card of a model at `path` would replace something else.
+
+    Raises:
+        SparkirError: there is a Markdown file of that name, and it is no model card.
+    """
+    beside = path.with_suffix(".md")
+    if beside.exists() and not is_card(beside):
+        raise SparkirError(
+            f"{beside} is there, where the model card goes, and is none; choose another name"
+        )
 
 
 def export_onnx(

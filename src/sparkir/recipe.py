@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import difflib
+import re
 import tomllib
 from collections.abc import Mapping, Sequence
+from dataclasses import fields
 from importlib import resources
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -25,6 +27,9 @@ from sparkir.quant.spec import QuantSpec
 from sparkir.spark.weighting import weightings
 
 _RECIPES = resources.files("sparkir.recipes")
+_NAME = re.compile(r"(?!\.\.?$)[^/\\\x00-\x1f]+")
+_OF_TRAINING = ("train", "test", "scale", "patch_px", "batch", "licence")
+"""Keys of [data] that mean nothing to a network that is there, on images that are named."""
 
 
 class _Section(BaseModel):
@@ -201,10 +206,10 @@ class Recipe(_Section):
     """A whole run."""
 
     name: str
-    """How the run calls itself."""
+    """How the run calls itself, and its folder."""
     description: str = ""
     """One line on what it is for."""
-    seed: int = 0
+    seed: Annotated[int, Field(ge=0, lt=2**62)] = 0
     """Of fresh weights, of the data's order and of everything else that is random."""
     data: Data
     teacher: Network | None = None
@@ -224,10 +229,14 @@ class Recipe(_Section):
 
     @model_validator(mode="after")
     def _consistent(self) -> Recipe:
+        if not _NAME.fullmatch(self.name):
+            raise ValueError(f"name = {self.name!r} cannot be that of a folder; choose another")
         if self.distill is not None and self.teacher is None:
             raise ValueError("distill needs a [teacher]; name one, or remove [distill]")
         if self.distill is None and self.weighting != WeightingChoice():
             raise ValueError("[weighting] weights a distillation; add [distill]")
+        if self.teacher is not None and self.teacher.weights == "teacher":
+            raise ValueError('teacher.weights = "teacher" is for the student; name a checkpoint')
         if self.student.weights == "teacher" and self.teacher is None:
             raise ValueError('student.weights = "teacher" needs a [teacher]')
         self.data.require_consistent()
@@ -302,10 +311,13 @@ def with_overrides(data: Data, overrides: Sequence[str]) -> Data:
     values: dict[str, Any] = {"data": data.model_dump()}
     for override in overrides:
         _override(values, override)
-    if values.keys() != {"data"}:
+    wanted = [override.partition("=")[0] for override in overrides]
+    useless = [key for key in wanted if key.partition(".")[2] in _OF_TRAINING]
+    if values.keys() != {"data"} or useless:
         raise SparkirError(
-            f"--set {overrides[-1]!r}: what is evaluated is made already; only keys of data can "
-            "be changed, such as data.test_sigma=50"
+            f"--set {(useless or wanted)[-1]!r} changes nothing that is evaluated; only what makes "
+            "the test images can be changed, such as data.test_sigma=50, and where they lie with "
+            "--data"
         )
     try:
         changed = Data.model_validate(values["data"])
@@ -348,7 +360,7 @@ def _read(name: str) -> tuple[str, str]:
     path = Path(name)
     if path.is_file():
         try:
-            return path.read_text("utf-8"), name
+            return path.read_text("utf-8-sig"), name  # as some editors write it
         except (OSError, UnicodeDecodeError) as error:
             raise SparkirError(f"cannot read the recipe {name}: {error}") from error
     known = [p.name.removesuffix(".toml") for p in _RECIPES.iterdir() if _is_toml(p.name)]
@@ -397,7 +409,10 @@ def _keys_of(place: Sequence[str]) -> list[str]:
         annotation = section.model_fields[part].annotation
         inner = [annotation, *getattr(annotation, "__args__", ())]
         section = next(a for a in inner if hasattr(a, "model_fields") or a is QuantSpec)
-    names = section.model_fields if hasattr(section, "model_fields") else section.__annotations__
+    if hasattr(section, "model_fields"):
+        names = list(section.model_fields)
+    else:
+        names = [field.name for field in fields(section)]
     return [".".join([*place, name]) for name in names]
 
 

@@ -7,7 +7,6 @@ and picture.
 from __future__ import annotations
 
 import copy
-import json
 import platform
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, suppress
@@ -31,7 +30,7 @@ from sparkir.assemble import (
     weighting_of,
 )
 from sparkir.data.ahead import SampledAhead
-from sparkir.data.atomic import atomic_file
+from sparkir.data.atomic import atomic_file, held
 from sparkir.data.codec import one_line
 from sparkir.data.images import write_png
 from sparkir.data.outputs import OutputStore
@@ -57,7 +56,7 @@ from sparkir.quant.fused import require_compiler
 from sparkir.quant.prepare import prepare
 from sparkir.quant.reference import freeze
 from sparkir.recipe import Recipe, WeightingChoice, differences, load
-from sparkir.report.events import EventLog, training_folder
+from sparkir.report.events import EventLog, to_json, training_folder
 from sparkir.report.table import Row, to_markdown
 from sparkir.spark.weighting import Weighting
 from sparkir.teacher import teacher_outputs
@@ -365,7 +364,8 @@ def _claimed(folder: Path, recipe: Recipe, *, resume: bool) -> Iterator[None]:
     existed = folder.exists()
     claim(folder, recipe, resume=resume)
     try:
-        yield
+        with _alone(folder):
+            yield
     except BaseException:
         if not resume and not (folder / "training").exists():
             for name in ("events.jsonl", "recipe.toml"):
@@ -374,6 +374,19 @@ def _claimed(folder: Path, recipe: Recipe, *, resume: bool) -> Iterator[None]:
                 with suppress(OSError):  # somebody else put a file there
                     folder.rmdir()
         raise
+
+
+@contextmanager
+def _alone(folder: Path) -> Iterator[None]:
+    """Keep other processes from training in `folder`: its recipe is held."""
+    with ExitStack() as stack:
+        try:
+            stack.enter_context(held(folder / "recipe.toml", wait=False))
+        except BlockingIOError as error:
+            raise SparkirError(
+                f"another process is at work in {folder}; wait for it, or stop it"
+            ) from error
+        yield
 
 
 def claim(folder: Path, recipe: Recipe, *, resume: bool) -> None:
@@ -467,13 +480,13 @@ def _finish(
         "table": folder / "report.md",
         "student": folder / "student.safetensors",
     }
+    frozen = None if recipe.quant is None else freeze(cast("GraphModule", own.student))
     save_student(recipe, own.student, files["student"])
     contenders = baselines(recipe, materials)
     contenders += [c for method in trained for c in trained_contenders(recipe, method)]
     exported = None
-    if recipe.quant is not None:
+    if frozen is not None:
         report({"kind": "stage", "name": "export", "steps": 0})
-        frozen = freeze(cast("GraphModule", own.student))
         exported = export_onnx(frozen, recipe, parity_images(materials.test, frozen))
         contenders.append(runtime_contender(recipe, own, exported))
     report({"kind": "stage", "name": "measure", "steps": len(contenders)})
@@ -553,7 +566,7 @@ def _write_report(outcome: Outcome, recipe: Recipe) -> None:
         "export": None if outcome.parity is None else outcome.parity.summary(),
         "deviating": outcome.deviating,
     }
-    write_text(outcome.folder / "report.json", json.dumps(values, indent=1))
+    write_text(outcome.folder / "report.json", to_json(values, indent=1))
 
 
 def write_text(path: Path, text: str, *, then: str = "go on with --resume") -> None:
@@ -566,6 +579,7 @@ def write_text(path: Path, text: str, *, then: str = "go on with --resume") -> N
         with atomic_file(path) as file:
             file.write(text.encode())
     except OSError as error:
+        remedy = "move what is there" if path.is_dir() else "free some space"
         raise SparkirError(
-            f"cannot write {path}: {one_line(error)}; free some space and {then}"
+            f"cannot write {path}: {one_line(error)}; {remedy} and {then}"
         ) from error

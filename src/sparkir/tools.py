@@ -27,6 +27,7 @@ from sparkir.assemble import (
     quantize_student,
 )
 from sparkir.data.catalog import known_set
+from sparkir.data.codec import one_line
 from sparkir.data.inventory import recognise, take_inventory
 from sparkir.data.layouts import holds_pairs, part_of
 from sparkir.data.pairs import PairStore
@@ -47,7 +48,7 @@ from sparkir.deploy.runtime import RuntimeNetwork
 from sparkir.errors import SparkirError
 from sparkir.evaluate.infer import device_of, evaluating
 from sparkir.evaluate.metrics import Convention
-from sparkir.export import export_onnx
+from sparkir.export import export_onnx, require_no_other_card
 from sparkir.measure import parity_images
 from sparkir.models.facts import ModelFacts, facts_of
 from sparkir.models.registry import available, build
@@ -57,6 +58,7 @@ from sparkir.quant.reference import freeze
 from sparkir.recipe import Data, Network, Recipe, load, with_overrides
 from sparkir.restore.network import Restorer
 
+_EXPORTS = {"onnx": ".onnx", "executorch": ".pte"}
 _SPACES: dict[str, Literal["y", "rgb", "grey"]] = {"y": "y", "rgb": "rgb", "grey": "grey"}
 
 
@@ -198,20 +200,23 @@ def export_run(
         SparkirError: no such format, no finished run, a float student, or the file would show
             other pixels than the integer network.
     """
-    if to not in ("onnx", "executorch"):
-        raise SparkirError(f"no export format {to!r}; known: onnx, executorch")
+    if to not in _EXPORTS:
+        raise SparkirError(f"no export format {to!r}; known: {', '.join(_EXPORTS)}")
     student, recipe = load_student(finished_student(folder))
     if recipe.quant is None:
         raise SparkirError(f"the student in {folder} is in floating point; export is for integers")
+    path = file or folder / f"student{_EXPORTS[to]}"
+    if path.suffix != _EXPORTS[to] or path.is_dir():
+        raise SparkirError(f"{path} is no name for this format; give a file *{_EXPORTS[to]}")
+    require_no_other_card(path)
+    metrics = _measured_before(folder)
     pairs = open_pairs(recipe.data, data or recipe.data.test, report)
     frozen = freeze(cast("GraphModule", student))
     images = parity_images(pairs, frozen)
     if to == "executorch":
-        path = file or folder / "student.pte"
         return path, _export_program(frozen, recipe, images, path, allow_mismatch=allow_mismatch)
     exported = export_onnx(frozen, recipe, images, allow_mismatch=allow_mismatch)
-    path = file or folder / "student.onnx"
-    card = exported.measured(_measured_before(folder)).write(path)
+    card = exported.measured(metrics).write(path)
     said = [exported.parity.summary(), f"how each layer is stored and run: {card}"]
     if exported.card.differs:
         said.append(f"it is NOT what was trained: {exported.card.differs}")
@@ -248,12 +253,17 @@ def _measured_before(folder: Path) -> str:
     report = folder / "report.json"
     if not report.is_file():
         return ""
-    values = json.loads(report.read_text("utf-8"))
-    rows = [row for row in values["rows"] if row["arithmetic"] == "runtime"]
-    if not rows:
-        return ""
-    psnr_db, ssim = rows[-1]["psnr_db"], rows[-1]["ssim"]
-    return f"PSNR {psnr_db:.2f} dB, SSIM {ssim:.4f} ({values['convention']}; SSIM alike)"
+    try:
+        values = json.loads(report.read_text("utf-8"))
+        rows = [row for row in values["rows"] if row["arithmetic"] == "runtime"]
+        if not rows:
+            return ""
+        psnr_db, ssim = rows[-1]["psnr_db"], rows[-1]["ssim"]
+        return f"PSNR {psnr_db:.2f} dB, SSIM {ssim:.4f} ({values['convention']}; SSIM alike)"
+    except (OSError, ValueError, LookupError, TypeError) as error:
+        raise SparkirError(
+            f"{report} is damaged ({one_line(error)}); delete it to export without its figures"
+        ) from error
 
 
 def bench_model(model: str, plan: Plan, report: Report) -> Benchmark:

@@ -264,3 +264,14 @@ def test_a_changed_recipe_is_checked(recipe):
     assert differences(recipe, changed(recipe, seed=3)) == ["seed: 0 -> 3"]
     with pytest.raises(SparkirError, match=r"recipe mine, changed: .*add \[distill\]"):
         changed(recipe, distill=None)
+
+
+@pytest.mark.parametrize("strength", ["1000000", "0.00001", "0.12345678", "2.50", "07"])
+def test_a_strength_is_what_its_name_says(recipe, strength):
+    """Workers find a method by its name."""
+    method = find(f"kd@{strength}", recipe)
+    again = find(method.name, recipe)
+    assert again.name == method.name
+    for one in (method, again):
+        assert recipe_of(one, recipe).distill.strength == float(strength)
+    assert method.label == f"KD, {method.name.partition('@')[2]} x L1"

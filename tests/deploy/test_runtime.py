@@ -3,11 +3,13 @@
 import copy
 import subprocess
 import sys
+from contextlib import nullcontext
 
 import pytest
 import torch
 from exported import images
 
+from sparkir.deploy import runtime
 from sparkir.deploy.onnx import write_model
 from sparkir.deploy.runtime import RuntimeNetwork, fusion_of
 from sparkir.errors import SparkirError
@@ -46,6 +48,12 @@ def test_what_is_no_model_is_refused(tmp_path, dncnn):
             RuntimeNetwork(path)
     with pytest.raises(SparkirError, match="cannot open the exported model"):
         RuntimeNetwork(b"no model")
+
+
+def test_a_full_temporary_folder_is_named_with_its_remedy(dncnn, monkeypatch):
+    monkeypatch.setattr(runtime.tempfile, "TemporaryDirectory", lambda: nullcontext("/dev/full"))
+    with pytest.raises(SparkirError, match=r"cannot write what .*free some space there, or set"):
+        fusion_of(dncnn.model)
 
 
 def test_fusion_counts_what_is_run(dncnn):

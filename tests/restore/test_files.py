@@ -94,6 +94,22 @@ def test_what_lies_in_the_target_is_no_source(folder):
     assert (len(again.made), len(again.finished)) == (0, 2)
 
 
+def test_results_beside_their_sources_are_no_sources(folder):
+    save_image(folder / "beside/a.bmp", photo(9, 9, 0))
+    first = restore("beside", "beside")
+    assert [path.name for path in first.made] == ["a.png"]
+    save_image(folder / "beside/b.bmp", photo(9, 9, 1))
+    again = restore("beside", "beside")
+    assert [path.name for path in again.made] == ["b.png"]
+    assert [path.name for path in again.finished] == ["a.png"]
+
+
+def test_a_folder_whose_name_looks_like_a_pattern(folder):
+    save_image(folder / "in[1]/a.png", photo(9, 9, 0))
+    assert len(restore("in[1]/*.png", "out").made) == 1
+    assert len(restore("in[[]1]/*.png", "out2").made) == 1
+
+
 MISTAKES = {
     "nothing there": ("gone.png", "out", "no image or folder at gone.png"),
     "no match": ("photos/*.bmp", "out", "no images match"),

@@ -32,6 +32,7 @@ from sparkir.assemble import (
 from sparkir.compare.clock import StepClock, cost_of
 from sparkir.compare.controls import WeightRecord, record_of
 from sparkir.compare.methods import Method, recipe_of, requirements
+from sparkir.data.atomic import held
 from sparkir.data.pairs import PairStore
 from sparkir.errors import SparkirError
 from sparkir.evaluate.benchmark import ImageScore, Restorer, evaluate
@@ -43,11 +44,6 @@ from sparkir.report.events import EventLog, read_events
 from sparkir.run import Trained, train_student, versions, write_text
 from sparkir.spark.weighting import Constant
 from sparkir.train.loop import Diverged, Interrupted
-
-try:
-    import fcntl
-except ModuleNotFoundError:  # Windows: two processes on one folder are not kept apart there
-    fcntl = None  # type: ignore[assignment]
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -170,11 +166,9 @@ def _held(folder: Path) -> Iterator[None]:
     which process that is.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    with (folder / ".lock").open("a") as file:
-        if fcntl is not None:
-            fcntl.flock(file, fcntl.LOCK_EX)
+    with held(folder / ".lock", wait=True) as file:
         file.truncate(0)
-        file.write(f"{os.getpid()}\n")
+        file.write(f"{os.getpid()}\n".encode())
         file.flush()
         yield
 

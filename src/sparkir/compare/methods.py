@@ -7,6 +7,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
+import numpy as np
+
 from sparkir.compare.controls import WeightRecord, like_constant, like_random, like_truth, to_truth
 from sparkir.distill.methods import methods as distillation_methods
 from sparkir.distill.methods import published, title
@@ -173,10 +175,15 @@ def _at_strength(family: str, strength: float) -> Method:
     """A uniform distance with a factor, to the teacher or to the truth."""
     label, distill = _FAMILIES[family]
     return Method(
-        name=f"{family}@{strength:g}",
-        label=label.format(f"{strength:g}"),
+        name=f"{family}@{_written(strength)}",
+        label=label.format(_written(strength)),
         change=_uniform(**distill, strength=strength),
     )
+
+
+def _written(strength: float) -> str:
+    """As `_STRENGTH_NAME` reads it: every digit, no exponent."""
+    return np.format_float_positional(strength, trim="-")
 
 
 # Choosing -------------------------------------------------------------------------------------
@@ -186,7 +193,7 @@ def default_names(recipe: Recipe) -> list[str]:
     """The rows that every table of quality should have, and the recipe's own SPARK."""
     own = _own_spark(recipe)
     controls = [f"{kind}:{own}" for kind in _CONTROLS]
-    strengths = [f"kd-mse@{strength:g}" for strength in STRENGTHS]
+    strengths = [f"kd-mse@{_written(strength)}" for strength in STRENGTHS]
     return [
         *("degraded", "teacher", "float", "ptq", "qat", "kd"),
         *(*strengths, *controls, "fixed:student_error", own),
@@ -285,5 +292,5 @@ def _place(method: Method) -> tuple[int, float]:
     family, _, strength = method.name.partition("@")
     if not strength:
         return order.index(method.name), 0.0
-    first = f"{family}@{STRENGTHS[0]:g}" if family == "kd-mse" else family
+    first = f"{family}@{_written(STRENGTHS[0])}" if family == "kd-mse" else family
     return order.index(first), float(strength)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -17,6 +16,7 @@ from sparkir.evaluate.perceptual import find_lpips
 from sparkir.recipe import Recipe
 from sparkir.report.comparison import Entry, Line, Scores, lines_of
 from sparkir.report.comparison_text import MARK, SetTable, to_csv, to_latex, to_markdown
+from sparkir.report.events import to_json
 from sparkir.run import versions, write_text
 
 _SHOWN = ("integer", "float", "none")
@@ -225,7 +225,7 @@ def _write(
         "table": ("comparison.md", to_markdown(tables, recipe.name, notes)),
         "LaTeX": ("comparison.tex", to_latex(tables, recipe.name, notes)),
         "CSV": ("comparison.csv", to_csv(tables)),
-        "JSON": ("comparison.json", json.dumps(values, indent=1)),
+        "JSON": ("comparison.json", to_json(values, indent=1)),
     }
     for name, text in texts.values():
         write_text(folder / name, text, then="give the same command again")

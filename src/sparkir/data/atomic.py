@@ -14,6 +14,11 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import BinaryIO
 
+try:
+    import fcntl
+except ModuleNotFoundError:  # Windows
+    fcntl = None  # type: ignore[assignment]
+
 _SUFFIX = ".partial"
 _ABANDONED_AFTER_S = 3600.0  # a process that still writes touches its folder far more often
 
@@ -65,6 +70,22 @@ def synced_file(path: Path) -> Iterator[BinaryIO]:
         yield file
         file.flush()
         os.fsync(file.fileno())
+
+
+@contextmanager
+def held(path: Path, *, wait: bool) -> Iterator[BinaryIO]:
+    """Hold a file, made if there is none, against other processes for the length of a block.
+
+    The operating system lets go of it when the process ends, however it does. Where it knows no
+    such locks, nobody is kept out.
+
+    Raises:
+        BlockingIOError: another process holds it, and `wait` is false.
+    """
+    with path.open("ab") as file:
+        if fcntl is not None:
+            fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+        yield file
 
 
 def _partial_beside(path: Path) -> Path:

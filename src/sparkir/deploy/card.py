@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
+from pathlib import Path
 from typing import cast
 
 from sparkir.errors import SparkirError
@@ -26,6 +27,9 @@ _ON_X86_WITHOUT_VNNI = {
 }
 _ONNX_RUNTIME_THERE = 'in ONNX Runtime, needs the session option `session.x64quantprecision` = "1"'
 _ANYWHERE = "as elsewhere: its weights keep to 7 bits"
+
+
+_TERMS = "licence of the training images"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -67,7 +71,7 @@ class Card:
             ("made for", self.target or "not stated"),
             *[("x86 without VNNI", words) for words in [self._without_vnni()] if words],
             ("measured", self.metrics or "not stated"),
-            ("licence of the training images", self.licence or "not stated"),
+            (_TERMS, self.licence or "not stated"),
         ]
         parts = [f"# {self.recipe or facts.name}\n"]
         if self.differs:
@@ -87,6 +91,15 @@ class Card:
         if self.target == "openvino" and "reduce_range = true" in self.training.splitlines():
             return _ANYWHERE
         return _ON_X86_WITHOUT_VNNI.get(self.target, _ONNX_RUNTIME_THERE)
+
+
+def is_card(path: Path) -> bool:
+    """Whether `to_markdown` wrote a file."""
+    try:
+        text = path.read_text("utf-8")
+    except (OSError, UnicodeDecodeError):
+        return False
+    return text.startswith("# ") and f"| {_TERMS} |" in text
 
 
 def read_card(metadata: Mapping[str, str], name: str) -> Card:

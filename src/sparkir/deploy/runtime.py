@@ -13,8 +13,10 @@ import torch
 from torch import Tensor, nn
 from torch.cpu import get_capabilities
 
+from sparkir.data.codec import one_line
 from sparkir.deploy.card import read_card
 from sparkir.deploy.session import OnnxRuntimeSession, OpenVinoSession, Runtime, open_session
+from sparkir.errors import SparkirError
 from sparkir.models.facts import ModelFacts
 
 if TYPE_CHECKING:
@@ -108,8 +110,14 @@ def _onnxruntime_operators(model: onnx.ModelProto) -> list[_Operator]:
 
     with tempfile.TemporaryDirectory() as folder:
         optimized = Path(folder) / "optimized.onnx"
-        OnnxRuntimeSession(model.SerializeToString(), threads=1, save_optimized=optimized)
-        nodes = list(onnx.load(optimized).graph.node)
+        try:
+            OnnxRuntimeSession(model.SerializeToString(), threads=1, save_optimized=optimized)
+            nodes = list(onnx.load(optimized).graph.node)
+        except Exception as error:  # ONNX Runtime has kinds of its own for a full disk
+            raise SparkirError(
+                f"ONNX Runtime cannot write what it makes of the model to {tempfile.gettempdir()}: "
+                f"{one_line(error)}; free some space there, or set TMPDIR to another folder"
+            ) from error
     return [
         _Operator(
             name=_FUSED.sub("", n.name),

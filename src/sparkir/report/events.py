@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import math
 import re
 import time
+from collections.abc import Mapping
 from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
@@ -35,7 +37,7 @@ class EventLog:
         Raises:
             SparkirError: the disk is full.
         """
-        line = json.dumps({"time_s": round(time.time(), 3)} | event)
+        line = to_json({"time_s": round(time.time(), 3)} | event)
         try:
             self._file.write(line + "\n")
             self._file.flush()
@@ -63,15 +65,36 @@ def _drop_cut_line(path: Path) -> None:
             file.truncate(content.rfind(b"\n") + 1)
 
 
+def to_json(values: Mapping[str, Any], *, indent: int | None = None) -> str:
+    """JSON for every program: it has no infinity, which is null (the PSNR of equal images)."""
+    return json.dumps(_finite(values), indent=indent, allow_nan=False)
+
+
+def _finite(value: Any) -> Any:  # noqa: ANN401 - whatever JSON holds
+    if isinstance(value, Mapping):
+        return {key: _finite(part) for key, part in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(part) for part in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
 def read_events(path: Path) -> list[dict[str, Any]]:
-    """All whole events of a file; a last line that a kill cut off is left out."""
-    events = []
-    for line in path.read_text("utf-8").splitlines():
-        try:
-            events.append(json.loads(line))
-        except json.JSONDecodeError:
-            break
-    return events
+    """All whole events of a file; a last line that a kill cut off is left out.
+
+    Raises:
+        SparkirError: the file cannot be read, or a line of it is no event.
+    """
+    return EventTail(path).read()
+
+
+def _event(line: bytes, path: Path) -> dict[str, Any]:
+    try:
+        event = json.loads(line)
+    except ValueError as error:
+        raise SparkirError(f"{path} is damaged: {error}") from error
+    if not isinstance(event, dict) or "kind" not in event:
+        raise SparkirError(f"{path} is no event stream of sparkir's: a line has no kind")
+    return event
 
 
 def training_folder(name: str) -> str:
@@ -100,7 +123,4 @@ class EventTail:
             raise SparkirError(f"cannot read the event stream {self.path}: {error}") from error
         new = new[: new.rfind(b"\n") + 1]
         self._read_bytes += len(new)
-        try:
-            return [json.loads(line) for line in new.splitlines()]
-        except ValueError as error:
-            raise SparkirError(f"{self.path} is damaged: {error}") from error
+        return [_event(line, self.path) for line in new.splitlines()]

@@ -167,7 +167,9 @@ class CellDisplay(Display):
             self.progress.update(task, note=escape(note), completed=completed)
 
     def _on_cell_done(self, event: dict[str, Any]) -> None:
-        self.progress.remove_task(self.cells.pop(event["cell"]))
+        task = self.cells.pop(event["cell"], None)  # none if its process ended before it began
+        if task is not None:
+            self.progress.remove_task(task)
         if self.overall is not None:
             self.progress.advance(self.overall)
         if event["failed"]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import glob
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -26,24 +27,31 @@ def shown(text: object) -> str:
     )
 
 
-def find_jobs(source: Path, target: Path, suffix: str | None) -> list[Job]:
+def find_jobs(
+    source: Path,
+    target: Path,
+    suffix: str | None,
+    *,
+    is_result: Callable[[Path], bool] = lambda _: False,
+) -> list[Job]:
     """Pair the pictures that `source` means with files in or at `target`.
 
     `source` is a file, a folder (the pictures directly in it) or a pattern such as
     ``photos/**/*.jpg``, below whose fixed part folders are kept. Hidden files, and what lies in
-    `target` already, are no sources of a folder or pattern. Results get the name of their source
-    with `suffix` (None: .png).
+    `target` already, are no sources of a folder or pattern; where `target` is that folder itself,
+    what an earlier run made there is none. Results get the name of their source with `suffix`
+    (None: .png).
 
     Raises:
         SparkirError: there are no pictures, two would get one name, a result would replace a
             source or lie outside `target`, or `target` cannot be used.
     """
     if source.is_dir():
-        jobs = _in_folder(find_images(source), source, target, suffix)
+        jobs = _in_folder(find_images(source), source, target, suffix, is_result)
     elif source.exists() or not glob.has_magic(str(source)):
         jobs = [_single(source, target, suffix)]
     else:
-        jobs = _in_folder(_matching(source), _fixed_part(source), target, suffix)
+        jobs = _in_folder(_matching(source), _fixed_part(source), target, suffix, is_result)
     _require_distinct(jobs)
     _require_harmless(jobs, target)
     return jobs
@@ -61,11 +69,20 @@ def _single(source: Path, target: Path, suffix: str | None) -> Job:
     return Job(source, target / f"{source.stem}{suffix or '.png'}")
 
 
-def _in_folder(images: list[Path], base: Path, target: Path, suffix: str | None) -> list[Job]:
+def _in_folder(
+    images: list[Path],
+    base: Path,
+    target: Path,
+    suffix: str | None,
+    is_result: Callable[[Path], bool],
+) -> list[Job]:
     if (target.exists() and not target.is_dir()) or target.suffix.lower() in SUFFIXES:
         raise SparkirError(f"{shown(target)} is a file; for a folder of images give a folder")
     inside = target.resolve()
-    fresh = [i for i in images if inside == base.resolve() or not _lies_in(i.parent, inside)]
+    if inside == base.resolve():  # beside their sources
+        fresh = [image for image in images if not is_result(image)]
+    else:
+        fresh = [image for image in images if not _lies_in(image.parent, inside)]
     if not fresh:
         raise SparkirError(f"all images are in {shown(target)} already; choose another OUT")
     return [
@@ -75,9 +92,12 @@ def _in_folder(images: list[Path], base: Path, target: Path, suffix: str | None)
 
 
 def _fixed_part(pattern: Path) -> Path:
-    """The folders of a pattern before its first wildcard."""
-    count = next(i for i, part in enumerate(pattern.parts) if glob.has_magic(part))
-    return Path(*pattern.parts[:count])
+    """The folders of a pattern before its first wildcard; one that exists as written is none."""
+    parts = pattern.parts
+    for count, part in enumerate(parts):
+        if glob.has_magic(part) and not Path(*parts[: count + 1]).is_dir():
+            return Path(*parts[:count])
+    return pattern
 
 
 def _matching(pattern: Path) -> list[Path]:
