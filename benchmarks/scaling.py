@@ -42,7 +42,7 @@ from sparkir.train.state import TrainState
 
 METHODS = {"QAT": "", "KD": "uniform", "SPARK (paper)": "spark-paper"}
 SIZES_BYTES = (4, 65_536, 1_048_576, 8_388_608)
-PERIOD = 8
+PERIOD = 8  # steps between two rewards of `spark-paper`
 
 
 def pairs() -> PairStore:
@@ -61,7 +61,9 @@ def step_times(name: str, devices: Devices, arguments: argparse.Namespace) -> di
     student = prepare(student, QuantSpec())
     crops = torch.rand(4, 3, arguments.patch, arguments.patch, device=device) * 255
     calibrate(student, [crops])
-    source = weighting(METHODS[name] or "uniform").to(device)
+    learning = METHODS[name] == "spark-paper"
+    options = {"reward_every": PERIOD} if learning else {}
+    source = weighting(METHODS[name] or "uniform", **options).to(device)
     teacher = build("edsr", scale=4, width=32).to(device) if METHODS[name] else None
     task = DistillationTask(student, teacher, weighting=source)
     optimizer = build_optimizer(
@@ -96,7 +98,6 @@ def step_times(name: str, devices: Devices, arguments: argparse.Namespace) -> di
             devices=devices,
         )
     took = {e["step"] - 1: e["step_s"] for e in events if e["kind"] == "step" and e["step"] > 2}
-    learning = METHODS[name] == "spark-paper"
     found = {"plain": min(s for step, s in took.items() if step % PERIOD or not learning)}
     if learning:
         found["rewarding"] = min(s for step, s in took.items() if step % PERIOD == 0)

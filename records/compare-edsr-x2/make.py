@@ -29,7 +29,7 @@ METHODS = (
 WEAK_METHODS = (
     "degraded,teacher,float,ptq,qat,truth,kd,kd-mse@1,kd-mse@20,kd-matched,kd-matched@10,"
     "fixed:student_error,fixed:teacher_gap,confidence,"
-    "constant:spark-paper,spark-paper,truth:spark,constant:spark,random:spark,spark"
+    "constant:spark-paper,spark-paper,truth:spark,constant:spark,spark"
 )
 
 LONGER_METHODS = (

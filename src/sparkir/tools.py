@@ -45,6 +45,7 @@ from sparkir.deploy.contenders import (
 from sparkir.deploy.onnx import require_onnx, to_float_onnx, to_onnx, write_model
 from sparkir.deploy.results import Benchmark, Plan
 from sparkir.deploy.runtime import RuntimeNetwork
+from sparkir.deploy.session import TITLES
 from sparkir.errors import SparkirError
 from sparkir.evaluate.infer import device_of, evaluating
 from sparkir.evaluate.metrics import Convention
@@ -56,7 +57,7 @@ from sparkir.models.spandrel import SPANDREL
 from sparkir.quant.prepare import placement_of
 from sparkir.quant.reference import freeze
 from sparkir.recipe import Data, Network, Recipe, load, with_overrides
-from sparkir.restore.network import Restorer
+from sparkir.restore.network import Restorer, runtime_for
 
 _EXPORTS = {"onnx": ".onnx", "executorch": ".pte"}
 _SPACES: dict[str, Literal["y", "rgb", "grey"]] = {"y": "y", "rgb": "rgb", "grey": "grey"}
@@ -77,8 +78,8 @@ def open_model(
 ) -> Opened:
     """Open a run folder, a student's .safetensors, an exported .onnx, or a network by name.
 
-    A run folder gives its exported file if there is one. Quantized students become their integer
-    networks.
+    A run folder gives its exported file if there is one; a file is executed by the runtime that it
+    was made for, if that is installed. Quantized students become their integer networks.
 
     Raises:
         SparkirError: nothing of the kind is there, or it is damaged.
@@ -96,7 +97,9 @@ def open_model(
     if path.is_dir():
         return _open_run(path)
     if path.suffix == ".onnx":
-        return Opened(network=RuntimeNetwork(path), label=f"{path} in ONNX Runtime")
+        runtime = runtime_for(path)
+        network = RuntimeNetwork(path, runtime=runtime)
+        return Opened(network=network, label=f"{path} in {TITLES[runtime]}")
     student, recipe = load_student(path)
     if recipe.quant is not None:
         student = freeze(cast("GraphModule", student))

@@ -16,6 +16,7 @@ from sparkir.models.facts import ModelFacts
 from sparkir.restore.engine import Engine
 from sparkir.restore.network import Restorer, open_exported
 from sparkir.restore.tiles import restore_tiled, tiling_for
+from sparkir.tools import open_model
 
 
 def whole(restorer: Restorer, pixels: np.ndarray) -> np.ndarray:
@@ -267,4 +268,5 @@ def test_a_file_runs_where_it_was_made_for(tmp_path, model_file, target):
     onnx.save(model, tmp_path / "model.onnx")
     title = {"onnxruntime": "ONNX Runtime", "openvino": "OpenVINO"}[target]
     assert open_exported(tmp_path / "model.onnx").label.endswith(f"in {title}")
+    assert open_model(str(tmp_path / "model.onnx")).label.endswith(f"in {title}")
     assert open_exported(tmp_path / "model.onnx", "onnxruntime").label.endswith("ONNX Runtime")

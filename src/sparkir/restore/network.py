@@ -129,7 +129,7 @@ def open_exported(path: Path, runtime: str | None = None) -> Restorer:
         SparkirError: it is missing, damaged, not exported by sparkir, or its card is wrong.
     """
     if runtime is None:
-        runtime = _runtime_for(path)
+        runtime = runtime_for(path)
     known = next((name for name in RUNTIMES if name == runtime), None)
     if known is None:
         raise SparkirError(f"--runtime {runtime!r}: choose one of {', '.join(RUNTIMES)}")
@@ -144,7 +144,7 @@ def open_exported(path: Path, runtime: str | None = None) -> Restorer:
     return restorer
 
 
-def _runtime_for(path: Path) -> Runtime:
+def runtime_for(path: Path) -> Runtime:
     """What the card asks for, if it is installed; else what is."""
     present = [name for name in RUNTIMES if installed(name)]
     if len(present) < 2:
