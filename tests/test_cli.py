@@ -91,11 +91,11 @@ OVERRIDES = {
     ),
     "weighting option below one": (
         "weighting.options.reward_every=0",
-        ["weighting.options.reward_every = 0", "whole number >= 1"],
+        ["weighting.options = ", "reward_every = 0: give a whole number >= 1"],
     ),
     "weighting option that is no whole number": (
         "weighting.options.grid=2.5",
-        ["weighting.options.grid = 2.5", "whole number >= 1"],
+        ["weighting.options = ", "grid = 2.5: give a whole number >= 1"],
     ),
     "weighting option out of range": (
         "weighting.options.sigma=-0.5",
@@ -812,7 +812,7 @@ def test_an_export_that_differs_is_not_written(refused, run_copy, monkeypatch):
     changed = onnx.numpy_helper.to_array(weights) // 2
     weights.CopyFrom(onnx.numpy_helper.from_array(changed, weights.name))
     monkeypatch.setattr(sparkir.export, "to_onnx", lambda frozen: model)
-    says = ["does not match the integer network, so nothing was written", "differs in"]
+    says = ["does not match the integer network, so it was not written", "differs in"]
     refused("export", "run", "--out", "new.onnx", says=says)
 
 

@@ -6,7 +6,8 @@ import pytest
 import torch
 
 from helpers import call, one_order_of_sums, write_recipe
-from sparkir.assemble import gather
+from sparkir import run
+from sparkir.assemble import gather, task_of
 from sparkir.quant.calibrate import activation_quantizers
 from sparkir.recipe import load
 from sparkir.run import train_student
@@ -67,6 +68,26 @@ def test_the_grids_are_set_to_what_the_student_has_become(project):
     never = recipe(project / "fresh.toml", **longer | {"train.float_steps": 0})
     _, without = trained(never, Path("none"))
     assert losses[60] < 0.7 * without[60]
+
+
+def test_what_a_method_remembers_of_the_student_is_rounded_too(project, monkeypatch):
+    made = []
+    monkeypatch.setattr(run, "task_of", lambda *given: made.append(task_of(*given)) or made[-1])
+    changes = {"distill": {"method": "dckd", "norm": "l1"}, "train.evaluate_every": 3}
+    path = write_recipe(project / "fresh.toml", FRESH | changes, without=["weighting"])
+    trained(load(str(path)), Path("run"))
+    history = made[0].method.history
+    grids = activation_quantizers(history).values()
+    assert all(grid.observer is None and grid.scale().isfinite() for grid in grids)
+    assert {grid.zero_level for grid in grids} != {0}
+    assert all(parameter.isfinite().all() for parameter in history.parameters())
+
+
+def test_the_best_is_one_that_rounds(project):
+    made = recipe(project / "fresh.toml", **{"train.evaluate_every": 3, "quant.weight_bits": 2})
+    trained(made, Path("run"))
+    state = torch.load("run/best.pt", weights_only=True)
+    assert state["step"] > 6
 
 
 @pytest.mark.parametrize(("equalize", "steps"), [(True, 6), (False, 12)])

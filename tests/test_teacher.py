@@ -12,6 +12,7 @@ from sparkir.data.outputs import loaded
 from sparkir.errors import SparkirError
 from sparkir.evaluate.infer import device_of, evaluating
 from sparkir.models.facts import restore
+from sparkir.models.normalize import LayerNorm2d
 from sparkir.recipe import load
 from sparkir.run import train_student
 from sparkir.teacher import teacher_outputs
@@ -59,10 +60,19 @@ def test_they_are_found_again_and_never_stale(made):
     assert teacher_outputs(other[0], other[1], events.append).folder != first.folder
 
 
-def test_other_code_of_the_network_makes_other_outputs(made, monkeypatch):
+@pytest.mark.parametrize("changed", ["sparkir.models.edsr", "sparkir.models.normalize"])
+def test_other_code_of_the_network_makes_other_outputs(made, monkeypatch, changed):
+    """That of a base class in another file too."""
     recipe, materials, events = made()
+    own = type("Own", (LayerNorm2d,), {"__module__": __name__})
+    materials.teacher.extra = own(4)
     first = teacher_outputs(recipe, materials, events.append)
-    monkeypatch.setattr(sparkir.teacher.inspect, "getsource", lambda module: "changed")
+    read = sparkir.teacher.inspect.getsource
+
+    def source(module):
+        return read(module) + ("# changed" if module.__name__ == changed else "")
+
+    monkeypatch.setattr(sparkir.teacher.inspect, "getsource", source)
     assert teacher_outputs(recipe, materials, events.append).folder != first.folder
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import inspect
 import json
 import os
 import re
@@ -39,7 +38,7 @@ from sparkir.quant.equalize import equalize
 from sparkir.quant.prepare import prepare
 from sparkir.quant.spec import QuantSpec
 from sparkir.recipe import Data, Network, Recipe, WeightingChoice, from_values, shipped
-from sparkir.spark.weighting import Weighting, weighting
+from sparkir.spark.weighting import Weighting, options_of, weighting
 
 Report = Callable[[dict[str, Any]], None]
 _CALIBRATION_SEED = 7_919
@@ -229,21 +228,14 @@ def weighting_of(choice: WeightingChoice) -> Weighting:
     Raises:
         SparkirError: it has no such option, or the option's value does not fit.
     """
-    parameters = inspect.signature(type(weighting(choice.name))).parameters.values()
-    fixed_by_name = ("feature",)
-    known = {
-        p.name: p.default
-        for p in parameters
-        if p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD) and p.name not in fixed_by_name
-    }
-    for option, value in choice.options.items():
+    weighting(choice.name)  # records were made so: fresh weights are drawn behind those of another
+    known = options_of(choice.name)
+    for option in choice.options:
         if option not in known:
             raise SparkirError(
                 f"weighting {choice.name!r} has no option {option!r}; "
                 f"weighting.options may hold: {', '.join(known) or 'nothing'}"
             )
-        if isinstance(known[option], int) and not (isinstance(value, int) and value >= 1):
-            raise SparkirError(f"weighting.options.{option} = {value!r}: give a whole number >= 1")
     try:
         return weighting(choice.name, **choice.options)
     except ValueError as error:
@@ -312,6 +304,11 @@ def _doubts(recipe: Recipe) -> Iterator[str]:
         )
     if quant is not None and not quant.reduce_range and saturates(quant.runs_on.runtime):
         yield f"{SATURATES}; the file cannot be checked here otherwise"
+    if recipe.weighting.name == "spark-paper" and recipe.train.precision != "float32":
+        yield (
+            "the reward of spark-paper is what one step changes, which bfloat16 hardly resolves; "
+            'set train.precision = "float32"'
+        )
     if distill is not None and recipe.weighting.name == "spark" and distill.target == "teacher":
         yield (
             "what the weighting spark does not believe of the teacher is for the truth, and "
@@ -419,13 +416,14 @@ def _require_sizes(role: str, network: nn.Module, patch_px: int, tested: PairSto
     sizes = {f"data.patch_px = {patch_px}": (patch_px, patch_px)}
     if tested is not None:
         sizes |= {f"test image {n}": tested.lq_size(i) for i, n in enumerate(tested.names)}
-    for what, (height, width) in sizes.items():
-        least = smallest_px(facts, height, width)
-        if min(height, width) < least:
-            raise SparkirError(
-                f"{what} is too small ({height}x{width} px): the {role} {facts.name} needs at "
-                f"least {least} px; take a larger one"
-            )
+    for what, size in sizes.items():
+        for side_px in size:
+            least = smallest_px(facts, side_px)
+            if side_px < least:
+                raise SparkirError(
+                    f"{what} is too small ({size[0]}x{size[1]} px): the {role} {facts.name} needs "
+                    f"at least {least} px; take a larger one"
+                )
 
 
 def require_measurable(pairs: PairStore, convention: Convention) -> None:

@@ -130,6 +130,7 @@ def train_student(
 
 def _leave_in_float(state: TrainState, *, on: bool) -> None:
     leave_in_float(state.student, on=on)
+    leave_in_float(state.method, on=on)  # what it keeps of the student
     if state.average is not None:
         leave_in_float(state.average.module, on=on)
 
@@ -141,6 +142,8 @@ def _begin_rounding(state: TrainState, recipe: Recipe, materials: Materials) -> 
     if recipe.quant.equalize:
         state.optimizer.state.clear()  # its averages are of gradients by weights of another scale
     state.average = build_average(state.student, recipe.train.ema)  # of what it is now
+    state.best = {}  # what was best is no student of this kind
+    state.method.begin_rounding()
     _leave_in_float(state, on=False)
 
 
@@ -524,7 +527,7 @@ def _require_same_quality(runtime: Row, method: str, rows: list[Row]) -> None:
     if abs(change) > LARGEST_PSNR_CHANGE_DB:
         raise SparkirError(
             f"{method} as exported restores {change:+.3f} dB away from the network that was "
-            "trained, so nothing was written; please report this with the recipe"
+            "trained, so no file was exported; please report this with the recipe"
         )
 
 

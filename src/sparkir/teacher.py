@@ -107,11 +107,12 @@ def _tell(report: Report, done: int, total: int) -> None:
 def _code_of(network: nn.Module) -> str:
     """A hash of the source files that define the network's modules, torch's own left out.
 
-    Empty if one of them cannot be read.
+    Those of their base classes too. Empty if one of them cannot be read.
     """
-    names = {type(module).__module__ for module in network.modules()}
+    kinds = {kind for module in network.modules() for kind in type(module).__mro__}
+    names = {kind.__module__ for kind in kinds}
     known = hashlib.sha256()
-    for name in sorted(name for name in names if name.partition(".")[0] != "torch"):
+    for name in sorted(n for n in names if n.partition(".")[0] not in ("torch", "builtins")):
         try:
             known.update(inspect.getsource(sys.modules[name]).encode())
         except (OSError, TypeError, KeyError):

@@ -275,3 +275,11 @@ def test_a_strength_is_what_its_name_says(recipe, strength):
     for one in (method, again):
         assert recipe_of(one, recipe).distill.strength == float(strength)
     assert method.label == f"KD, {method.name.partition('@')[2]} x L1"
+
+
+def test_dckd_looks_through_the_recipes_own_encoder(recipe):
+    own = {"method": "dckd", "encoder": "package.module:encoder"}
+    for weighted in ("dckd", "spark-paper", "fixed:student_error"):
+        row = recipe_of(find(weighted, recipe), changed(recipe, distill=own))
+        assert row.distill.encoder == "package.module:encoder"
+    assert recipe_of(find("fakd", recipe), changed(recipe, distill=own)).distill.encoder == ""

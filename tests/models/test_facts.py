@@ -40,6 +40,12 @@ def test_restore_leaves_sizes_that_fit_alone():
     assert network.seen.shape == (1, 3, 8, 4)
 
 
+def test_a_side_is_padded_by_itself():
+    network = Recorder(size_multiple=16)
+    restore(network, torch.rand(1, 3, 100, 9))
+    assert network.seen.shape == (1, 3, 112, 16)
+
+
 def test_restore_lets_gradients_through():
     lq = torch.rand(1, 3, 5, 5, requires_grad=True)
     restore(Recorder(size_multiple=3), lq).sum().backward()
@@ -49,8 +55,8 @@ def test_restore_lets_gradients_through():
 @pytest.mark.parametrize(
     ("facts", "shape", "message"),
     [
-        ({"min_size_px": 15}, (1, 3, 20, 14), "at least 15 x 15 px, but got 20 x 14"),
-        ({"size_multiple": 8}, (1, 3, 3, 16), "at least 6 x 6 px, but got 3 x 16"),
+        ({"min_size_px": 15}, (1, 3, 20, 14), "a width of at least 15 px, but got 20 x 14"),
+        ({"size_multiple": 8}, (1, 3, 3, 16), "a height of at least 6 px, but got 3 x 16"),
         ({}, (1, 1, 8, 8), "3-channel images, but got 1"),
     ],
 )

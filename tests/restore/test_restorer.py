@@ -138,7 +138,7 @@ def test_tiles_of_a_network_that_wants_multiples():
 
 def test_an_image_smaller_than_the_network_needs():
     made = Restorer(facts=facts(min_size_px=15), run=lambda lq: lq, label="", identity="")
-    with pytest.raises(SparkirError, match="at least 15 x 15 px, but got 14 x 20"):
+    with pytest.raises(SparkirError, match="a height of at least 15 px, but got 14 x 20"):
         Engine(made)(np.zeros((14, 20, 3), np.uint8))
 
 

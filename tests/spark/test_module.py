@@ -438,11 +438,43 @@ class TestLead:
         self.step(spark, student, batch, look=look)
 
     def test_a_student_that_diverged(self, batch):
+        """The first time it may be half precision that overflowed."""
         lq, teacher, gt = batch
-        spark = Spark()
+        spark = Spark(reward_every=1)
+        spark.weigh(lq * float("nan"), teacher, gt)
+        assert spark.learn() is None
         spark.weigh(lq * float("nan"), teacher, gt)
         with pytest.raises(SparkirError, match="student's output is nan: the training has div"):
             spark.learn()
+
+
+@pytest.mark.parametrize("make", [Spark, lambda: published(reward_every=1)])
+def test_an_overflow_leaves_nothing_behind(make, batch):
+    """A GradScaler skips that step, and must not have to skip all others."""
+    lq, teacher, gt = batch
+    spark, other = make(), make()
+    for one, overflows in ((spark, True), (other, False)):
+        one.weigh(lq, teacher, gt)
+        one.learn()
+        if overflows:
+            one.weigh(lq * float("inf"), teacher, gt)
+            assert one.learn() is None
+        one.weigh(lq, teacher, gt)
+        one.learn()
+    for (name, found), expected in zip(spark.named_buffers(), other.buffers(), strict=True):
+        assert torch.equal(found, expected), name
+    assert spark.weigh(lq, teacher, gt)[1].isfinite().all()
+
+
+def test_a_policy_is_no_part_of_the_module_that_holds_it(images):
+    """A wrapper for several processes waits for the gradients of all that ask for one."""
+    for spark in (Spark(), published()):
+        assert not any(p.requires_grad for p in spark.parameters())
+        student = images[0].clone().requires_grad_()
+        loss, _ = spark.weigh(student, *images[1:])
+        loss.backward()
+        spark.learn()
+        assert all(p.grad is None and not p.requires_grad for p in spark.parameters())
 
 
 class TestState:
@@ -554,6 +586,23 @@ class TestMistakes:
     def test_white_level(self, images):
         with pytest.raises(SparkirError, match=r"white is 1; say Spark\(value_range=255\)"):
             Spark().weigh(*(255 * image for image in images))
+
+    def test_one_image_without_a_batch(self, images):
+        with pytest.raises(SparkirError, match=r"batch of images .* got 3 dim.* image\[None\]"):
+            Spark().weigh(*(image[0] for image in images))
+
+    @pytest.mark.parametrize(
+        "options", [{"grid": 0}, {"reward_every": 0}, {"sigma": 0.0}, {"learning_rate": -1.0}]
+    )
+    def test_options_out_of_range(self, options):
+        with pytest.raises(SparkirError, match="does not take these options"):
+            Spark("spark-paper", **options)
+
+    def test_any_number_of_channels(self, images):
+        packed = (torch.cat([image, image[:, :1]], 1) for image in images)
+        for spark in (Spark(), published()):
+            assert spark.weigh(*packed)[1].isfinite().all()
+            packed = (torch.cat([image, image[:, :1]], 1) for image in images)
 
     def test_learn_without_weigh(self):
         with pytest.raises(SparkirError, match=r"call spark.weigh before it"):

@@ -34,6 +34,12 @@ KINDS: dict[str, dict[str, Any]] = {
         "bits": 8,
         "options": {"reward_every": 2, "learning_rate": 1e-2},
     },
+    "spark, the preset": {
+        "source": "spark",
+        "norm": "matched",
+        "target": "both",
+        "options": {"reward_every": 2, "learning_rate": 1e-2},
+    },
     "random": {"source": "random"},
     "fixed": {"source": "fixed:student_error", "optimizer": "adamw"},
 }

@@ -9,7 +9,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from fractions import Fraction
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -24,6 +24,7 @@ from sparkir.models.edsr import EDSR
 from sparkir.quant.calibrate import calibrate
 from sparkir.quant.prepare import prepare
 from sparkir.quant.spec import QuantSpec
+from sparkir.spark.distance import Norm
 from sparkir.spark.weighting import weighting
 from sparkir.train.distribute import Devices
 from sparkir.train.loop import LoopSettings, train
@@ -102,6 +103,8 @@ def small_run(
     learning_rate: float = 1e-3,
     optimizer: str = "adam",
     name: str = "kd",
+    norm: Norm = "mse",
+    target: Literal["teacher", "truth", "both"] = "teacher",
     batch: int = 2,
     devices: Devices | None = None,
     device: str = "cpu",
@@ -128,6 +131,8 @@ def small_run(
         teacher if distill else None,
         weighting=weights,
         method=method(name, setting),
+        norm=norm,
+        target=target,
     )
     state = TrainState(
         student=student,

@@ -85,6 +85,20 @@ def _uniform(**distill: Any) -> Callable[[Recipe], Recipe]:  # noqa: ANN401 - ke
     return lambda recipe: changed(recipe, distill=distill, weighting={})
 
 
+def _published(name: str) -> Callable[[Recipe], Recipe]:
+    """A distillation method as published; looking through the recipe's own encoder, if it has one.
+
+    Rows of one table that look at images with an encoder then use the same.
+    """
+
+    def change(recipe: Recipe) -> Recipe:
+        own = _own(recipe)
+        encoder = {"encoder": own.encoder} if own.method == name and own.encoder else {}
+        return changed(recipe, distill=published(name) | encoder, weighting={})
+
+    return change
+
+
 def _truth(recipe: Recipe) -> Recipe:
     """The recipe's own loss, pulled to the ground truth."""
     return to_truth(changed(recipe, weighting={}))
@@ -133,7 +147,7 @@ def methods() -> dict[str, Method]:
         ),
     ]
     rows += [
-        Method(name=name, label=title(name), change=_uniform(**published(name)))
+        Method(name=name, label=title(name), change=_published(name))
         for name in distillation_methods()
         if name != "kd"
     ]

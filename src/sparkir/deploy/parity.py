@@ -163,7 +163,7 @@ def require_parity(parity: Parity) -> None:
     if parity.failures:
         hint = f"; {SATURATES}, or export on a machine that has it" if parity.saturated else ""
         raise SparkirError(
-            "the exported file does not match the integer network, so nothing was written: "
+            "the exported file does not match the integer network, so it was not written: "
             + "; ".join(parity.failures[:3])
             + hint
         )

@@ -117,6 +117,10 @@ class DCKD(Method):
             follow(self.history, self._student[0], decay=_HISTORY_DECAY)
         self._seen += 1
 
+    def begin_rounding(self) -> None:
+        """The history starts again, as the student is now."""
+        self.history.load_state_dict(self._student[0].state_dict())
+
     def describe(self) -> str:
         """Which encoder was used, which the result depends on."""
         encoder, codes = self._encoder[0], len(self.codebook.codes)
@@ -143,8 +147,9 @@ def follow(history: nn.Module, student: nn.Module, *, decay: float) -> None:
     """history = decay * history + (1 - decay) * student; buffers are copied."""
     for old, new in zip(history.parameters(), student.parameters(), strict=True):
         old.mul_(decay).add_(new, alpha=1 - decay)
-    for copied, current in zip(history.buffers(), student.buffers(), strict=True):
-        copied.copy_(current)
+    current = dict(student.named_buffers())  # with more than it had when it was copied, perhaps
+    for name, copied in history.named_buffers():
+        copied.copy_(current[name])
 
 
 def _noisy(lq: Float[Tensor, "b c h w"]) -> Float[Tensor, "b c h w"]:

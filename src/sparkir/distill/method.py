@@ -133,6 +133,12 @@ class Method(nn.Module):
         """The method's own terms; gradients reach the student and whatever it trains."""
         raise NotImplementedError
 
+    def begin_rounding(self) -> None:
+        """The student has its grids from here on (`train.float_steps`): other numbers than before.
+
+        Their values are other ones too where its channels were scaled.
+        """
+
     def describe(self) -> str:
         """What the event stream and the report say of it, where the name does not say it all."""
         return ""

@@ -157,13 +157,27 @@ def restore(network: nn.Module, lq: Float[Tensor, "b c h w"]) -> Float[Tensor, "
     return cropped / facts.value_range
 
 
-def smallest_px(facts: ModelFacts, height: int, width: int) -> int:
-    """The side that an image of this height and width must have at least to be restored.
+def smallest_px(facts: ModelFacts, side_px: int) -> int:
+    """What one side of an image must have at least to be restored.
 
     Reflection repeats no edge pixel, so it can add at most one pixel less than there are.
     """
-    multiple = facts.size_multiple
-    return max(facts.min_size_px, -height % multiple + 1, -width % multiple + 1)
+    return max(facts.min_size_px, -side_px % facts.size_multiple + 1)
+
+
+def require_size(facts: ModelFacts, height: int, width: int) -> None:
+    """Stop now if an image is too small to be restored.
+
+    Raises:
+        SparkirError: it is; the message says what to do.
+    """
+    for what, side_px in (("height", height), ("width", width)):
+        least = smallest_px(facts, side_px)
+        if side_px < least:
+            raise SparkirError(
+                f"{facts.name} needs images with a {what} of at least {least} px, but got "
+                f"{height} x {width}; enlarge or pad the image first"
+            )
 
 
 def _pad_to_multiple(lq: Tensor, facts: ModelFacts) -> Tensor:
@@ -173,12 +187,7 @@ def _pad_to_multiple(lq: Tensor, facts: ModelFacts) -> Tensor:
             f"{facts.name} restores {facts.channels}-channel images, but got {channels} channels"
         )
     bottom, right = -height % facts.size_multiple, -width % facts.size_multiple
-    smallest = smallest_px(facts, height, width)
-    if min(height, width) < smallest:
-        raise SparkirError(
-            f"{facts.name} needs images of at least {smallest} x {smallest} px, "
-            f"but got {height} x {width}; enlarge or pad the image first"
-        )
+    require_size(facts, height, width)
     if not (bottom or right):
         return lq
     import torch.nn.functional as F

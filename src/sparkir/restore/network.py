@@ -13,7 +13,7 @@ from sparkir.data.degrade import bicubic_resize
 from sparkir.deploy.card import read_card
 from sparkir.deploy.session import RUNTIMES, TITLES, Runtime, Session, installed, open_session
 from sparkir.errors import SparkirError
-from sparkir.models.facts import ModelFacts
+from sparkir.models.facts import ModelFacts, require_size
 from sparkir.quant.targets import TARGETS
 from sparkir.restore.memory import is_allocation_failure
 
@@ -111,12 +111,7 @@ def _padded(lq: np.ndarray, facts: ModelFacts) -> np.ndarray:
     """Reflect at the bottom and right up to the size multiple, as `models.facts.restore` does."""
     height, width = lq.shape[:2]
     bottom, right = -height % facts.size_multiple, -width % facts.size_multiple
-    smallest = max(facts.min_size_px, bottom + 1, right + 1)
-    if min(height, width) < smallest:
-        raise SparkirError(
-            f"{facts.name} needs images of at least {smallest} x {smallest} px, "
-            f"but got {height} x {width}; enlarge or pad the image first"
-        )
+    require_size(facts, height, width)
     return np.pad(lq, ((0, bottom), (0, right), (0, 0)), mode="reflect")
 
 

@@ -75,9 +75,9 @@ def rightness(
 
 
 def _luma(image: Float[Tensor, "b c h w"]) -> Float[Tensor, "b 1 h w"]:
-    """Full-range luma; a single channel is its own."""
-    if image.shape[1] == 1:
-        return image.float()
+    """Full-range luma; of other than three channels, such as a packed raw image's, their mean."""
+    if image.shape[1] != len(_LUMA):
+        return image.float().mean(1, keepdim=True)
     weights = torch.tensor(_LUMA, device=image.device).view(1, 3, 1, 1)
     return (image.float() * weights).sum(1, keepdim=True)
 
@@ -125,8 +125,9 @@ class Standardize(nn.Module):
         if self.training:
             share = torch.where(self.count == 0, 1.0, self.momentum)
             variance, mean = torch.var_mean(of_all(logs), dim=(0, 2, 3), unbiased=False)
-            self.mean.lerp_(mean, share)
-            self.variance.lerp_(variance, share)
-            self.count.add_(1)
+            fine = variance.isfinite().all()  # an overflow of half precision must not stay
+            for known, new in ((self.mean, mean), (self.variance, variance)):
+                known.copy_(torch.where(fine, known.lerp(new, share), known))
+            self.count.add_(fine)
         shape = (1, -1, 1, 1)
         return (logs - self.mean.view(shape)) / (self.variance.view(shape) + 1e-4).sqrt()

@@ -8,6 +8,8 @@ from typing import Literal
 from jaxtyping import Float
 from torch import Tensor
 
+from sparkir.spark.batch import of_all
+
 Norm = Literal["l1", "mse", "matched"]
 Distance = Callable[[Tensor, Tensor], Tensor]
 """(student, other image) -> a map of distances, location by location."""
@@ -66,4 +68,6 @@ def shared_maps(
 
 
 def _gap(student: Tensor, target: Tensor) -> Tensor:
-    return (student - target).detach().abs().mean().clamp_min(_SMALLEST_GAP)
+    """Of the whole batch, however many processes share it."""
+    own = (student - target).detach().abs().mean()
+    return of_all(own[None]).mean().clamp_min(_SMALLEST_GAP)

@@ -89,20 +89,21 @@ class Spark(nn.Module):
         self.value_range, self.seed = value_range, seed
         if not _outside_graphs:  # no decorator: torch.compiler takes seconds to import
             _outside_graphs.append(torch.compiler.disable(_call))
-        self._steps = self._draws = 0
+        self._steps = self._draws = self._overflows = 0
         self._seen: Seen | None = None
         self._factor: Tensor | None = None
 
     def weigh(
         self,
-        student_out: Float[Tensor, "b c h w"],
-        teacher_out: Float[Tensor, "b2 c2 h2 w2"],
-        target: Float[Tensor, "b3 c3 h3 w3"],
+        student_out: Float[Tensor, ...],
+        teacher_out: Float[Tensor, ...],
+        target: Float[Tensor, ...],
     ) -> tuple[Float[Tensor, ""], Float[Tensor, "b 1 h w"]]:
         """The distillation loss, and the weights that it was made with.
 
         Args:
-            student_out: what the student made of the batch; the loss's gradient flows here.
+            student_out: (B, C, H, W), what the student made of the batch; the loss's gradient flows
+                here.
             teacher_out: what the teacher made of it.
             target: the ground truth.
 
@@ -117,6 +118,11 @@ class Spark(nn.Module):
             raise SparkirError(
                 "spark.weigh compares images of one shape (B, C, H, W), but got "
                 f"{tuple(student_out.shape)}, {tuple(teacher_out.shape)}, {tuple(target.shape)}"
+            )
+        if student_out.dim() != 4:
+            raise SparkirError(
+                f"spark.weigh wants a batch of images (B, C, H, W), but got {student_out.dim()} "
+                "dimensions; for one image, image[None]"
             )
         run = _outside_graphs[0] if _outside_graphs else _call
         weighed: tuple[Tensor, Tensor] = run(self._weigh, student_out, teacher_out, target)
@@ -182,8 +188,8 @@ class Spark(nn.Module):
                 `scaler.unscale_(optimizer)`.
 
         Returns:
-            What to log; None on steps without a reward, and where a gradient has overflowed, so
-            that a GradScaler will leave the step out.
+            What to log; None on steps without a reward, and where an output or a gradient has
+            overflowed, so that a GradScaler will leave the step out.
 
         Raises:
             SparkirError: called in the wrong place, or the training has diverged.
@@ -195,6 +201,9 @@ class Spark(nn.Module):
             return None
         if seen is None:
             raise SparkirError("spark.learn has nothing to learn from; call spark.weigh before it")
+        self._overflows = 0 if bool(seen.student.isfinite().all()) else self._overflows + 1
+        if self._overflows == 1:  # may be half precision's; a second time, it is not
+            return None
         source = self.weighting
         if compares:
             learn = partial(source.learn_from, seen.student, seen.teacher, seen.target)
@@ -251,9 +260,14 @@ class Spark(nn.Module):
 
     @contextmanager
     def _own_generator(self, device: torch.device) -> Iterator[None]:
-        with torch.random.fork_rng([device] if device.type == "cuda" else []):
-            torch.manual_seed(self.seed + self._draws + _SEEDS_PER_RANK * replicas.rank())
-            self._draws += 1
+        seed = self.seed + self._draws + _SEEDS_PER_RANK * replicas.rank()
+        self._draws += 1
+        on_gpu = device.type == "cuda"
+        with torch.random.fork_rng([device] if on_gpu else []):
+            torch.default_generator.manual_seed(seed)  # torch's own function would seed all devices
+            if on_gpu:
+                with torch.cuda.device(device):
+                    torch.cuda.manual_seed(seed)
             yield
 
     def _check_range(self, target: Tensor) -> None:
@@ -280,7 +294,7 @@ def _source(preset: str, options: dict[str, int | float]) -> Weighting:
         raise SparkirError(f"no preset {preset!r}; {did_you_mean(preset, weightings())}")
     try:
         return weighting(preset, **options)
-    except TypeError as error:
+    except (TypeError, ValueError) as error:
         raise SparkirError(f"the preset {preset!r} does not take these options: {error}") from error
 
 

@@ -39,8 +39,14 @@ class Policy(nn.Module):
     def __init__(
         self, channels: int = 4, *, width: int = 16, sigma: float = 0.2, start: float = 0.5
     ) -> None:
-        """Start with mu = `start` in every cell, whatever the features."""
+        """Start with mu = `start` in every cell, whatever the features.
+
+        Raises:
+            ValueError: `sigma` is not above 0.
+        """
         super().__init__()
+        if sigma <= 0:
+            raise ValueError(f"sigma = {sigma!r}: give a number above 0")
         last = nn.Conv2d(width, 1, 3, padding=1)
         nn.init.zeros_(last.weight)
         nn.init.constant_(last.bias, start)  # type: ignore[arg-type]

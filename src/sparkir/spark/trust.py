@@ -52,8 +52,11 @@ class Trust(nn.Module):
         way, error = teacher - student, teacher - target
         products = (way * error, way.square(), error.square())
         found = torch.stack([product.mean(dim=(1, 2, 3)) for product in products], 1)
-        self.count += 1
-        self.means.lerp_(of_all(found).mean(0), (1 / self.count).clamp_min(_NEWEST))
+        newest = of_all(found).mean(0)
+        fine = newest.isfinite().all()  # an overflow of half precision must not stay
+        self.count.add_(fine)
+        moved = self.means.lerp(newest, (1 / self.count).clamp_min(_NEWEST))
+        self.means.copy_(torch.where(fine, moved, self.means))
 
     @property
     def correlation(self) -> Float[Tensor, ""]:

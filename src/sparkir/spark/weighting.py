@@ -6,7 +6,9 @@ per-location distillation loss. Most are fixed; `SparkPaper` learns.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import inspect
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 
 import torch
 import torch.nn.functional as F
@@ -168,7 +170,7 @@ class SparkPaper(Weighting):
         self.grid, self.reward_every, self.entropy_bonus = grid, reward_every, entropy_bonus
         self.alpha, self.beta = alpha, beta
         self.standardize = Standardize()
-        self.policy = Policy(sigma=sigma)
+        self.policy = Policy(sigma=sigma).requires_grad_(False)
         self.optimizer = optim.Adam(self.policy.parameters(), lr=learning_rate)
         self._action: Action | None = None
 
@@ -195,7 +197,10 @@ class SparkPaper(Weighting):
         deviation), the entropy bonus and the optimizer.
         """
         assert self._action is not None, "learn follows a forward in training"
-        action, reward = self._action.of_all(), of_all(reward)
+        with _asking_for_gradients(self.optimizer):
+            return self._reinforce(self._action.of_all(), of_all(reward))
+
+    def _reinforce(self, action: Action, reward: Float[Tensor, " b"]) -> dict[str, float]:
         reward = reward.double()  # equal float32 rewards may differ from their rounded mean
         deviation = reward.std(unbiased=False)
         advantage = (reward - reward.mean()) / (deviation + 1e-8)
@@ -261,8 +266,8 @@ class Spark(Weighting):
         signals = len(FEATURES) + 1
         self.trust = Trust()
         self.standardize = Standardize(signals)
-        self.policy = Policy(signals, start=0.0)
-        self.policy.log_sigma.requires_grad_(False)  # nothing is drawn
+        self.policy = Policy(signals, start=0.0).requires_grad_(False)
+        # Without its sigma: nothing is drawn.
         self.optimizer = optim.Adam(self.policy.body.parameters(), lr=learning_rate)
         self._features: Tensor | None = None
 
@@ -291,7 +296,8 @@ class Spark(Weighting):
         assert self._features is not None, "learn_from follows a forward in training"
         right = rightness(student, teacher, target, grid=self.grid)
         trust = {"trust": float(self.trust.value), "correlation": float(self.trust.correlation)}
-        return trust | self._learn_where(of_all(right))
+        with _asking_for_gradients(self.optimizer):
+            return trust | self._learn_where(of_all(right))
 
     def _learn_where(self, right: Float[Tensor, "b 1 g g"]) -> dict[str, float]:
         assert self._features is not None
@@ -324,6 +330,24 @@ class Spark(Weighting):
         self.optimizer.load_state_dict(state["optimizer"])  # type: ignore[arg-type]
 
 
+@contextmanager
+def _asking_for_gradients(optimizer: optim.Optimizer) -> Iterator[None]:
+    """Of a policy, which outside of this is no matter of the student's loss and optimizer.
+
+    Where a module that holds it is wrapped for several processes, every parameter that asks for a
+    gradient has to get one from the loss.
+    """
+    parameters = [p for group in optimizer.param_groups for p in group["params"]]
+    for parameter in parameters:
+        parameter.requires_grad_(True)
+    try:
+        yield
+    finally:
+        for parameter in parameters:
+            parameter.requires_grad_(False)
+            parameter.grad = None
+
+
 _SOURCES: dict[str, Callable[..., Weighting]] = {
     "uniform": Constant,
     "constant": Constant,
@@ -341,8 +365,17 @@ def weightings() -> tuple[str, ...]:
 
 def described() -> dict[str, str]:
     """Every source and the first line of what it says of itself."""
-    kinds = _SOURCES | {name: Fixed for name in _SOURCES if name.startswith("fixed:")}
-    return {name: (kind.__doc__ or "").partition("\n")[0] for name, kind in kinds.items()}
+    return {name: (_kind(name).__doc__ or "").partition("\n")[0] for name in _SOURCES}
+
+
+def _kind(name: str) -> Callable[..., Weighting]:
+    return Fixed if name.startswith("fixed:") else _SOURCES[name]
+
+
+def options_of(name: str) -> dict[str, int | float]:
+    """The options of a source by name, and what they are unless given."""
+    parameters = inspect.signature(_kind(name)).parameters.values()
+    return {p.name: p.default for p in parameters if p.default is not p.empty}
 
 
 def weighting(name: str, **options: int | float) -> Weighting:
@@ -351,5 +384,11 @@ def weighting(name: str, **options: int | float) -> Weighting:
     Raises:
         KeyError: no such source.
         TypeError: an option that the source does not have.
+        ValueError: an option's value that it cannot take.
     """
+    known = options_of(name)
+    for option, value in options.items():
+        whole = isinstance(value, int) and value >= 1
+        if isinstance(known.get(option), int) and not whole:
+            raise ValueError(f"{option} = {value!r}: give a whole number >= 1")
     return _SOURCES[name](**options)

@@ -15,6 +15,7 @@ from torch.optim.swa_utils import AveragedModel
 from sparkir.data.ahead import SampledAhead
 from sparkir.data.atomic import atomic_file
 from sparkir.data.pairs import PatchSampler
+from sparkir.distill.method import Method
 from sparkir.errors import SparkirError
 
 FORMAT = 1
@@ -26,7 +27,7 @@ class TrainState:
 
     student: nn.Module
     weighting: nn.Module
-    method: nn.Module
+    method: Method
     """What the distillation method trains or remembers besides the student."""
     optimizer: optim.Optimizer
     sampler: PatchSampler | SampledAhead
