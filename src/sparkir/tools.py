@@ -211,7 +211,8 @@ def export_run(
     path = file or folder / f"student{_EXPORTS[to]}"
     if path.suffix != _EXPORTS[to] or path.is_dir():
         raise SparkirError(f"{path} is no name for this format; give a file *{_EXPORTS[to]}")
-    require_no_other_card(path)
+    if to == "onnx":
+        require_no_other_card(path)
     metrics = _measured_before(folder)
     pairs = open_pairs(recipe.data, data or recipe.data.test, report)
     frozen = freeze(cast("GraphModule", student))
@@ -262,6 +263,7 @@ def _measured_before(folder: Path) -> str:
         if not rows:
             return ""
         psnr_db, ssim = rows[-1]["psnr_db"], rows[-1]["ssim"]
+        psnr_db = float("inf") if psnr_db is None else psnr_db  # which JSON has not
         return f"PSNR {psnr_db:.2f} dB, SSIM {ssim:.4f} ({values['convention']}; SSIM alike)"
     except (OSError, ValueError, LookupError, TypeError) as error:
         raise SparkirError(
