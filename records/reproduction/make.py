@@ -37,14 +37,6 @@ SELF = (
     "degraded,teacher,float,ptq,qat,truth,kd,kd-mse@1,kd-matched,fakd,slkd,"
     "constant:spark-paper,spark-paper,spark"
 )
-CONTROLS = (
-    "degraded,teacher,float,ptq,qat,truth,kd,kd-mse@1,kd-mse@20,kd-mse@100,kd-matched,"
-    "fixed:student_error,constant:spark-paper,random:spark-paper,spark-paper,random:spark,spark"
-)
-ONE_SEED = (
-    "degraded,teacher,float,ptq,qat,truth,kd,kd-mse@1,kd-mse@20,kd-mse@100,kd-matched,fakd,"
-    "spark-paper,spark"
-)
 NOISE = (
     "degraded,teacher,float,ptq,qat,truth,kd,kd-matched,kd-matched@10,"
     "constant:spark-paper,spark-paper,truth:spark,constant:spark,spark"
@@ -171,7 +163,13 @@ RUNS: dict[str, Run] = {
         seeds=1,
         more_tests=URBAN20,
     ),
-    "rfdn-x4-w4a4": Run(str(HERE / "rfdn-x4.toml"), CONTROLS, SR),
+    "rfdn-x4-w4a4": Run(
+        str(HERE / "rfdn-x4.toml"),
+        ROWS,
+        (*SR, "quant.equalize=true"),
+        seeds=2,
+        more_tests=URBAN20,
+    ),
     "rfdn-x4-w2a2": Run(
         str(HERE / "rfdn-x4.toml"),
         OF_THE_OUTPUT,
@@ -192,7 +190,7 @@ RUNS: dict[str, Run] = {
     ),
     "srcnn-x2": Run(
         "twin-rfdn-srcnn-x2",
-        ONE_SEED,
+        f"{ROWS},dckd",
         (
             *PAIRS,
             "student.weights={out}/float-twin-srcnn-x2/student.safetensors",
