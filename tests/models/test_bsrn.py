@@ -65,3 +65,13 @@ def test_a_flat_image_has_a_finite_gradient():
     x = torch.full((1, 4, 16, 16), 0.5, requires_grad=True)
     Contrast()(x).sum().backward()
     assert x.grad.isfinite().all()
+
+
+def test_the_order_of_the_pixels_does_not_show():
+    """Libraries sum in different orders; in float32 half of these channels would differ."""
+    torch.manual_seed(0)
+    pixels = torch.rand(1, 16, 64 * 64).mul(255).round() * 0.0123
+    statistics = Contrast()(pixels.view(1, 16, 64, 64))
+    for _ in range(3):
+        shuffled = pixels[..., torch.randperm(64 * 64)].view(1, 16, 64, 64)
+        assert torch.equal(Contrast()(shuffled), statistics)

@@ -31,6 +31,19 @@ def test_response_normalisation_by_hand():
     torch.testing.assert_close(norm(x)[0, :, 0, 0], expected)
 
 
+def test_the_order_of_the_pixels_does_not_show():
+    """Libraries sum in different orders; in float32 most of these values would differ."""
+    torch.manual_seed(0)
+    norm = ResponseNormalisation(16)
+    nn.init.normal_(norm.gamma)
+    pixels = torch.rand(1, 16, 64 * 64).mul(255).round() * 0.0123
+    normal = norm(pixels.view(1, 16, 64, 64)).view(1, 16, -1)
+    for _ in range(3):
+        order = torch.randperm(64 * 64)
+        shuffled = norm(pixels[..., order].view(1, 16, 64, 64)).view(1, 16, -1)
+        assert torch.equal(shuffled, normal[..., order])
+
+
 def test_it_starts_from_the_enlarged_image():
     network = SAFMN(scale=3, width=4, blocks=1)
     nn.init.zeros_(network.to_img[0].weight)

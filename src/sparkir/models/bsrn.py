@@ -66,15 +66,19 @@ class BlueprintAttention(SpatialAttention):
 
 
 class Contrast(nn.Module):
-    """Each channel's mean plus its standard deviation over the image: -> (b, width, 1, 1)."""
+    """Each channel's mean plus its standard deviation over the image: -> (b, width, 1, 1).
+
+    Computed in float64, where the order in which a library sums cannot be seen in a float32.
+    """
 
     stays_in_float = "statistics of the whole image need more than 8 bits"
 
     def forward(self, x: Tensor) -> Tensor:
-        """Return the sum of both."""
-        mean = x.mean((2, 3), keepdim=True)
-        variance = (x - mean).square().mean((2, 3), keepdim=True)
-        return mean + variance.clamp_min(_TINY).sqrt()
+        """Return the sum of both, in the precision of ``x``."""
+        exact = x.double()
+        mean = exact.mean((2, 3), keepdim=True)
+        variance = (exact - mean).square().mean((2, 3), keepdim=True)
+        return (mean + variance.clamp_min(_TINY).sqrt()).to(x.dtype)
 
 
 class ContrastAttention(nn.Module):

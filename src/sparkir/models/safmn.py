@@ -22,7 +22,11 @@ _TINY = 1e-6
 
 
 class ResponseNormalisation(nn.Module):
-    """GRN (Woo et al., CVPR 2023): each channel by its norm over the image; keeps the shape."""
+    """GRN (Woo et al., CVPR 2023): each channel by its norm over the image; keeps the shape.
+
+    The norms are computed in float64, where the order in which a library sums cannot be seen in a
+    float32.
+    """
 
     stays_in_float = "statistics of the whole image need more than 8 bits"
 
@@ -33,8 +37,8 @@ class ResponseNormalisation(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Return ``x`` and what its channels' norms, relative to their mean, make of it."""
-        norm = x.square().sum((2, 3), keepdim=True).sqrt()
-        relative = norm / (norm.mean(1, keepdim=True) + _TINY)
+        norm = x.double().square().sum((2, 3), keepdim=True).sqrt()
+        relative = (norm / (norm.mean(1, keepdim=True) + _TINY)).to(x.dtype)
         return self.gamma * (x * relative) + self.beta + x
 
 
