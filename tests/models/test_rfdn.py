@@ -24,7 +24,7 @@ def test_smallest_size_is_the_one_in_the_facts():
     assert network(torch.rand(1, 3, smallest, smallest)).shape[-1] == 4 * smallest
     with pytest.raises(RuntimeError):
         network(torch.rand(1, 3, smallest, smallest - 1))
-    with pytest.raises(SparkirError, match="at least 15 x 15 px"):
+    with pytest.raises(SparkirError, match="a height of at least 15 px"):
         restore(network, torch.rand(1, 3, smallest - 1, smallest))
 
 
