@@ -599,10 +599,9 @@ class TestMistakes:
             Spark("spark-paper", **options)
 
     def test_any_number_of_channels(self, images):
-        packed = (torch.cat([image, image[:, :1]], 1) for image in images)
+        packed = [torch.cat([image, image[:, :1]], 1) for image in images]
         for spark in (Spark(), published()):
             assert spark.weigh(*packed)[1].isfinite().all()
-            packed = (torch.cat([image, image[:, :1]], 1) for image in images)
 
     def test_learn_without_weigh(self):
         with pytest.raises(SparkirError, match=r"call spark.weigh before it"):

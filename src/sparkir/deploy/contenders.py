@@ -26,6 +26,7 @@ from sparkir.deploy.session import (
     openvino_core,
 )
 from sparkir.errors import SparkirError
+from sparkir.quant.spec import STORED_BITS
 from sparkir.quant.targets import TARGETS, TargetName
 
 if TYPE_CHECKING:
@@ -224,9 +225,9 @@ def notes_on(card: Card, engine: Engine, *, layers: int, float_layers: int) -> t
     elif float_layers:
         found.append(f"{float_layers} of {layers} convolutions run in float")
     bits = re.match(r"W(\d+)", card.quantization)
-    packs = engine != "executorch"
     if bits and int(bits[1]) < 8:
-        stored = next(w for w in (2, 4, 8) if w >= int(bits[1]) and (w == 8 or packs))
+        packed = next(width for width in STORED_BITS if width >= int(bits[1]))
+        stored = 8 if engine == "executorch" else packed
         found.append(f"weights of {bits[1]} bits, stored in {stored} bits, computed in int8")
     return tuple(found)
 

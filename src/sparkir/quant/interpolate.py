@@ -80,13 +80,18 @@ def make_interpolation_exact(module: fx.GraphModule, example: Tensor) -> None:
 
     `example` (1, C, H, W) is an image that the network can take.
     """
+    found = [(node, resize_of(node, module)) for node in module.graph.nodes]
+    bilinear = [
+        (node, resize)
+        for node, resize in found
+        if resize and resize["mode"] == "bilinear" and not resize.get("antialias")
+    ]
+    if not bilinear:
+        return
     sizes = _Sizes(module)
     with torch.no_grad():
         sizes.run(example)
-    for node in list(module.graph.nodes):
-        resize = resize_of(node, module)
-        if resize is None or resize["mode"] != "bilinear" or resize.get("antialias"):
-            continue
+    for node, resize in bilinear:
         size = _size_of(node, resize, sizes)
         if size is None:
             continue

@@ -127,8 +127,8 @@ def prepare(network: nn.Module, spec: QuantSpec) -> fx.GraphModule:
     example = torch.rand(1, facts.channels, side, side, generator=draw) * facts.value_range
     more = example_px(facts, at_least=side + _MORE_PX) - side
     larger = F.pad(example, (0, more, 0, more))
-    _require_runs(network, example, larger)
-    _require_same(network, module, example)
+    original, _ = _outputs(network, example, larger)
+    _require_same(original, module, example)
     rewrite(module, example, larger, constant_bits=spec.most_weight_bits)
     make_interpolation_exact(module, example)
     plan = _Plan(module, classify(module, example), spec)
@@ -140,12 +140,16 @@ def prepare(network: nn.Module, spec: QuantSpec) -> fx.GraphModule:
 
 
 @torch.no_grad()
-def _require_runs(network: nn.Module, *images: Tensor) -> None:
-    """Whether it takes images of several sizes."""
-    restoring = copy.deepcopy(network).eval()
+def _outputs(network: nn.Module, *images: Tensor) -> list[object]:
+    """What it makes of images of several sizes, whatever that is.
+
+    Raises:
+        SparkirError: it does not take one of them.
+    """
+    restoring, found = copy.deepcopy(network).eval(), []
     for image in images:
         try:
-            restoring(image)
+            found.append(restoring(image))
         except Exception as error:  # of the user's code, which may raise anything
             _, channels, height, width = image.shape
             raise SparkirError(
@@ -153,20 +157,20 @@ def _require_runs(network: nn.Module, *images: Tensor) -> None:
                 f"{channels} channels, as its facts promise ({error}); set channels, size_multiple "
                 "and min_size_px of its ModelFacts, and let its forward take any size"
             ) from error
+    return found
 
 
 @torch.no_grad()
-def _require_same(network: nn.Module, traced: fx.GraphModule, example: Tensor) -> None:
+def _require_same(original: object, traced: fx.GraphModule, example: Tensor) -> None:
     """Tracing follows values, not memory: writing into a tensor that has two names escapes it."""
-    original = copy.deepcopy(network).eval()(example)
-    found = copy.deepcopy(traced).eval()(example)
+    found = copy.deepcopy(traced)(example)
     if not isinstance(original, Tensor) or not isinstance(found, Tensor):
         return  # refused below, with a better reason
     atol = 1e-3 * float(original.abs().nan_to_num().mean())
     close = torch.allclose(original, found, rtol=1e-3, atol=atol, equal_nan=True)
     if not close:
         raise SparkirError(
-            f"{type(network).__name__} computes something else when traced: its forward changes a "
+            f"{type(traced).__name__} computes something else when traced: its forward changes a "
             "tensor in place that it also uses under another name; write y = x + ... instead of "
             "x += ..."
         )

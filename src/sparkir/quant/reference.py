@@ -20,6 +20,7 @@ from sparkir.quant.fixed import FixedSoftmax
 from sparkir.quant.layers import QuantConv2d, QuantLayer, Table, as_constant
 from sparkir.quant.prepare import carry_facts, placement_of
 from sparkir.quant.quantizer import ActivationQuantizer
+from sparkir.quant.spec import STORED_BITS
 from sparkir.quant.steps import grid_of_input, leave_ties
 
 _EXACT_FLOAT32 = 2**24
@@ -27,7 +28,6 @@ _EXACT_FLOAT32 = 2**24
 _HALF = 16
 """A weight of eight bits is so many times -8 .. 8, and a rest of -8 .. 7: its halves."""
 _INT32 = 2**31
-_STORED_BITS = (2, 4, 8)
 _STEP_BYTES = _BIAS_BYTES = 4
 
 
@@ -250,7 +250,7 @@ def stored_bytes(frozen: nn.Module) -> int:
     for group in same_weights(frozen):
         layers = [cast("IntegerLayer", frozen.get_submodule(name)) for name in group]
         bits, _ = placement.layers[group[0]]
-        packed = next(width for width in _STORED_BITS if width >= bits)
+        packed = next(width for width in STORED_BITS if width >= bits)
         total += -(-layers[0].weight.numel() * packed // 8)
         for layer in layers:
             rows = _STEP_BYTES + (0 if layer.bias is None else _BIAS_BYTES)

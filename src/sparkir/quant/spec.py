@@ -12,6 +12,9 @@ CARRIER_BITS = 8
 """Bits of tensors that are only added, shuffled or passed through a table, never multiplied."""
 
 
+STORED_BITS = (2, 4, 8)
+"""Widths of weights that files pack; others are stored in the next of them."""
+
 ActivationGrid = Literal["auto", "affine", "symmetric"]
 Learned = Literal["lsq", "pams", "none"]
 Calibration = Literal["mse", "percentile", "minmax"]

@@ -64,7 +64,9 @@ def restore_files(
         SparkirError: nothing can be restored: see `find_jobs`, and the messages for a picture if
             it is the only one; or the disk is full.
     """
-    jobs = find_jobs(source, target, suffix, is_result=_is_marked)
+    jobs = find_jobs(
+        source, target, suffix, is_result=lambda path: mark_of(path).startswith(_MAKER)
+    )
     format_of(jobs[0].result)
     engine = Engine(restorer, memory_bytes)
     outcome = Restored()
@@ -117,11 +119,6 @@ def mark_for(restorer: Restorer) -> str:
     return f"{_MAKER} {restorer.identity}"
 
 
-def _is_marked(path: Path) -> bool:
-    """Whether a picture says that sparkir restored it."""
-    return mark_of(path).startswith(_MAKER)
-
-
 def _is_finished(job: Job, restorer: Restorer) -> bool:
     """Whether the result is there, by this model, and newer than its source.
 
@@ -130,12 +127,13 @@ def _is_finished(job: Job, restorer: Restorer) -> bool:
     """
     if not job.result.exists():
         return False
-    if not _is_marked(job.result):
+    mark = mark_of(job.result)
+    if not mark.startswith(_MAKER):
         raise SparkirError(
             f"{shown(job.result)} is there already and was not made by sparkir; "
             "choose another OUT, or replace it with --overwrite"
         )
-    if mark_of(job.result) != mark_for(restorer):
+    if mark != mark_for(restorer):
         return False
     try:
         return job.result.stat().st_mtime_ns > job.source.stat().st_mtime_ns
