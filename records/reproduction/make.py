@@ -1,7 +1,8 @@
 """Makes this record again: the paper's methods side by side, on configurations that fit two cores.
 
-    python records/reproduction/make.py DATA PHOTOGRAPHS                  # hours, all of them
-    python records/reproduction/make.py DATA PHOTOGRAPHS rfdn-x4-w8a8     # one
+    python records/reproduction/make.py DATA PHOTOGRAPHS            # days, all of them
+    python records/reproduction/make.py DATA PHOTOGRAPHS srcnn-x2   # one
+    python records/reproduction/make.py DATA PHOTOGRAPHS srcnn-x2 --go-on   # what it lacks
 
 DATA holds test/Set14/HR, test/Urban20/HR (the first 20 of Urban100), weights/RFDN/RFDN_AIM.pth (the
 published teacher at x4) and the pairs in tasks/lowlight_LOL_train, tasks/lowlight_LOL_eval15 and
@@ -17,6 +18,8 @@ import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+
+from kept import keep, take_up
 
 HERE = Path(__file__).parent
 ROWS = (
@@ -225,6 +228,9 @@ def main() -> None:
     parser.add_argument("photographs", type=Path)
     parser.add_argument("runs", nargs="*", help="all, unless named")
     parser.add_argument("--out", type=Path, default=Path("runs/reproduction"))
+    parser.add_argument(
+        "--go-on", action="store_true", help="take the record's rows and seeds as they are"
+    )
     chosen = parser.parse_args()
     unknown = set(chosen.runs) - RUNS.keys()
     if unknown:
@@ -239,8 +245,10 @@ def main() -> None:
             train(recipe, settings, places)
         methods = ("--methods", run.methods, "--seeds", str(run.seeds), "--out", made)
         settings = written(run.settings, places)
-        for test in run.more_tests:
-            settings += ["--test", test.format(**places)]
+        tests = [test.format(**places) for test in run.more_tests]
+        if chosen.go_on and not made.exists():
+            take_up(HERE / name, made, run.recipe, settings[1::2], tests)
+        settings += [word for test in tests for word in ("--test", test)]
         for baseline in (*BASELINES, "qat"):  # once they are trained, this only writes the tables
             if baseline in run.methods.split(","):
                 sparkir("compare", run.recipe, *settings, *methods, "--baseline", baseline)
@@ -270,16 +278,6 @@ def train(recipe: str, settings: Sequence[str], places: dict[str, Path]) -> None
 def written(settings: Sequence[str], places: dict[str, Path]) -> list[str]:
     """As options of a command."""
     return [word for text in settings for word in ("--set", text.format(**places))]
-
-
-def keep(made: Path, record: Path, places: dict[str, Path]) -> None:
-    """The tables, without where things lay."""
-    record.mkdir(exist_ok=True)
-    for file in (*made.glob("comparison.*"), *made.glob("to-*.md")):
-        text = file.read_text("utf-8")
-        for place in places.values():
-            text = text.replace(f"{place}/", "").replace(str(place), "photographs")
-        (record / file.name).write_text(text, "utf-8")
 
 
 if __name__ == "__main__":

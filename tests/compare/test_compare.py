@@ -1,6 +1,8 @@
 """Whole comparisons: equal terms, gone on with wherever they stop, and what a mistake costs."""
 
+import csv
 import hashlib
+import importlib
 import json
 import multiprocessing
 import os
@@ -132,9 +134,28 @@ def test_the_table_is_what_the_scores_say(compared):
     assert lines(compared)["kd"]["cost"] > 0
 
 
+def test_every_images_scores_are_in_one_file(compared):
+    with (compared / "made/images.csv").open() as file:
+        found = list(csv.DictReader(file))
+    assert len(found) == 8 * 2 * 3  # cells, images, two arithmetics on one set and one on the other
+    for line in found:
+        cell = compared / f"made/seed-{line['seed']}" / line["method"].replace(":", "-")
+        images = scores(cell, line["set"])["scores"][line["arithmetic"]]
+        one = next(image for image in images if image["name"] == line["image"])
+        assert (float(line["psnr_db"]), float(line["ssim"])) == (one["psnr_db"], one["ssim"])
+        assert (line["lpips"], one["lpips"]) == ("", None)
+
+
+def test_what_the_methods_of_a_seed_had_in_common_is_told(compared):
+    starts = comparison(compared)["starts"]
+    assert starts["0"]["the teacher"] == starts["1"]["the teacher"] is not None
+    assert starts.keys() == {"0", "1"}
+
+
 def test_the_command_prints_and_names_everything(compared):
     out = (compared / "said.txt").read_text()
-    for name in ("comparison.md", "comparison.tex", "comparison.csv", "comparison.json"):
+    names = ("comparison.md", "comparison.tex", "comparison.csv", "comparison.json", "images.csv")
+    for name in names:
         assert f" made/{name}\n" in out
         assert (compared / "made" / name).stat().st_size > 0
     for words in (
@@ -664,6 +685,15 @@ def test_another_teacher_than_the_finished_cells_had(copied):
     )
 
 
+def test_another_teacher_than_the_finished_seeds_had(copied):
+    shutil.rmtree(copied / "made/seed-1")
+    torch.manual_seed(1)
+    teacher = build("edsr", **RECIPE["teacher"]["options"])
+    sparkir.assemble.save_weights(teacher, copied / "teacher.safetensors", {})
+    said = refuse_again(copied)
+    assert "not what the finished methods in made/seed-0 had: the teacher. New ones could" in said
+
+
 def test_a_damaged_score_file(copied):
     (copied / "made/seed-0/kd/scores/test.json").write_text("{")
     said = refuse_again(copied)
@@ -685,6 +715,36 @@ def test_names_of_test_sets():
         "photographs-test": "photographs:test",
         "Set5": "a/b=c",
     }
+
+
+# What a record keeps --------------------------------------------------------------------------
+
+
+def test_a_comparison_goes_on_from_its_record(compared, copied, monkeypatch):
+    """The same tables from the kept scores, and more methods and seeds beside them."""
+    monkeypatch.syspath_prepend(Path(__file__).parents[2] / "records/reproduction")
+    kept = importlib.import_module("kept")
+    kept.keep(copied / "made", copied / "record", {"data": copied})
+    shutil.rmtree(copied / "made")
+    tests = ["more=train"]
+    kept.take_up(copied / "record", copied / "made", "tiny.toml", [], tests)
+    trained = []
+    monkeypatch.setattr(
+        sparkir.compare.cell,
+        "train_student",
+        lambda recipe, *rest, **options: (
+            trained.append(recipe.seed) or train_student(recipe, *rest, **options)
+        ),
+    )
+    assert call(*TO_COMPARE, "--test", "more=train").code == 0
+    assert trained == []
+    for name in ("comparison.csv", "images.csv"):
+        assert (copied / "made" / name).read_bytes() == (compared / "made" / name).read_bytes()
+
+    more = ("--methods", "qat,kd,constant,kd-matched", "--seeds", 3, "--test", tests[0])
+    assert call("compare", "tiny.toml", *more, "--out", "made").code == 0
+    assert trained == [0, 1, 2, 2, 2, 2, 2]
+    assert [line["seeds"] for line in lines(copied).values()] == [3] * 5
 
 
 # LPIPS ----------------------------------------------------------------------------------------

@@ -74,6 +74,10 @@ class Cell:
         """The scores on a test set, as `score` wrote them; None if there are none."""
         return _read(self.folder / "scores" / f"{test_set}.json")
 
+    def start(self) -> dict[str, Any] | None:
+        """What its seed's methods have in common, by their hashes; None before the first."""
+        return _read(start_file(self.comparison, self.seed))
+
     def recipe(self) -> Recipe:
         """The full recipe.
 
@@ -98,6 +102,11 @@ class Cell:
 def folder_of(comparison: Path, seed: int, method: str) -> Path:
     """Where the cell of a method and a seed lies."""
     return comparison / f"seed-{seed}" / method.translate(str.maketrans(":@.", "---"))
+
+
+def start_file(comparison: Path, seed: int) -> Path:
+    """Where a seed's materials are written down."""
+    return comparison / f"seed-{seed}" / "materials.json"
 
 
 def _write(path: Path, text: str) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import csv
+import io
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -214,17 +216,20 @@ def _write(
     notes: Sequence[str],
     cells: Sequence[Cell],
 ) -> dict[str, Path]:
+    sets = [table.name for table in tables]
     values = {
         "recipe": recipe.model_dump(mode="json"),
         "versions": versions(),
         "tables": [asdict(table) for table in tables],
         "notes": list(notes),
-        "cells": [_cell_values(cell, [table.name for table in tables]) for cell in cells],
+        "starts": {cell.seed: start for cell in cells if (start := cell.start())},
+        "cells": [_cell_values(cell, sets) for cell in cells],
     }
     texts = {
         "table": ("comparison.md", to_markdown(tables, recipe.name, notes)),
         "LaTeX": ("comparison.tex", to_latex(tables, recipe.name, notes)),
         "CSV": ("comparison.csv", to_csv(tables)),
+        "CSV of every image": ("images.csv", _images_csv(cells, sets)),
         "JSON": ("comparison.json", to_json(values, indent=1)),
     }
     for name, text in texts.values():
@@ -241,3 +246,18 @@ def _cell_values(cell: Cell, sets: Sequence[str]) -> dict[str, Any]:
         "result": cell.result(),
         "scores": {name: f"scores/{name}.json" for name in sets if cell.scores(name)},
     }
+
+
+def _images_csv(cells: Sequence[Cell], sets: Sequence[str]) -> str:
+    """What the tables' means and intervals are of: one line for each image, with every digit."""
+    text = io.StringIO()
+    writer = csv.writer(text, lineterminator="\n")
+    writer.writerow(["set", "seed", "method", "arithmetic", "image", "psnr_db", "ssim", "lpips"])
+    for name in sets:
+        for cell in cells:
+            found = (cell.scores(name) or {}).get("scores", {})
+            for arithmetic, images in found.items():
+                head = (name, cell.seed, cell.method.name, arithmetic)
+                for one in images:
+                    writer.writerow([*head, *one.values()])
+    return text.getvalue()

@@ -26,7 +26,7 @@ from sparkir.assemble import (
     require_measurable,
     silent,
 )
-from sparkir.compare.cell import Cell, carry_out
+from sparkir.compare.cell import Cell, carry_out, start_file
 from sparkir.data.pairs import PairStore, PatchSampler
 from sparkir.errors import SparkirError
 from sparkir.recipe import Recipe
@@ -56,7 +56,7 @@ class Workspace:
             self._materials = None  # its memory, before the next one's
             materials = gather(base, self.report)
             self._start = _start_of(base, materials)
-            _require_same(self._start, self._start_file(base))
+            _require_same(self._start, self.comparison, base.seed)
             self._materials, self._seed = materials, base.seed
         return self._materials
 
@@ -64,15 +64,13 @@ class Workspace:
         """Give the memory back."""
         self._materials = None
 
-    def _start_file(self, base: Recipe) -> Path:
-        return self.comparison / f"seed-{base.seed}" / "materials.json"
-
     def _noted_materials(self, base: Recipe) -> Materials:
         """The same, written down for the comparisons that go on in this folder."""
         materials = self.materials(base)
-        if not self._start_file(base).is_file():
+        file = start_file(self.comparison, base.seed)
+        if not file.is_file():
             text = json.dumps(self._start, indent=1)
-            write_text(self._start_file(base), text, then="give the same command again")
+            write_text(file, text, then="give the same command again")
         return materials
 
     def pairs(self, where: str, base: Recipe) -> PairStore:
@@ -110,6 +108,9 @@ class Workspace:
         return ""
 
 
+_OF_ALL_SEEDS = ("the teacher", "the set of training images")
+
+
 def _start_of(base: Recipe, materials: Materials) -> dict[str, str | None]:
     """What all methods of a seed have in common."""
     sampler = PatchSampler(
@@ -123,18 +124,22 @@ def _start_of(base: Recipe, materials: Materials) -> dict[str, str | None]:
     }
 
 
-def _require_same(start: Mapping[str, str | None], written: Path) -> None:
-    """Compare with what was written when the seed's first cell was made, if there is one.
+def _require_same(start: Mapping[str, str | None], comparison: Path, seed: int) -> None:
+    """Compare with what was written when the first cells of this seed and of others were made.
 
     Raises:
         SparkirError: something has changed since.
     """
-    if not written.is_file():
-        return
-    before = json.loads(written.read_text("utf-8"))
-    changed = [what for what, value in start.items() if before.get(what) != value]
-    if changed:
-        raise SparkirError(
-            f"not what the finished methods in {written.parent} had: {', '.join(changed)}. New "
-            "ones could not be compared with them; restore that, or choose another --out"
-        )
+    for written in sorted(comparison.glob("seed-*/materials.json")):
+        own = written == start_file(comparison, seed)
+        before = json.loads(written.read_text("utf-8"))
+        changed = [
+            what
+            for what, value in start.items()
+            if (own or what in _OF_ALL_SEEDS) and before.get(what) != value
+        ]
+        if changed:
+            raise SparkirError(
+                f"not what the finished methods in {written.parent} had: {', '.join(changed)}. "
+                "New ones could not be compared with them; restore that, or choose another --out"
+            )
