@@ -497,7 +497,7 @@ def test_disk_full_while_writing_a_checkpoint(project, monkeypatch):
     assert "No space left on device" in said.err
     assert "free some space and go on with --resume" in said.err
     files = {path.name for path in (project / "run").rglob("*") if path.is_file()}
-    assert files == {"recipe.toml", "events.jsonl"}
+    assert files == {"recipe.toml", "events.jsonl", ".lock"}
     assert call(*TO_RUN, "--resume").code == 0
 
 

@@ -176,7 +176,7 @@ MISTAKES = {
     ),
     "channels": ({"data.channels": 2}, ["data.channels = 2"]),
     "test_sigma of another degradation": (
-        {"data.degradation": "jpeg"},
+        {"data.degradation": "jpeg", "data.sigma": 25.0},
         ['data.test_sigma is for data.degradation = "noise"'],
     ),
 }

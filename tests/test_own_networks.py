@@ -9,8 +9,8 @@ import pytest
 import torch
 from torch import nn
 
-from helpers import call, write_recipe
-from sparkir.models.facts import restore
+from helpers import call, photo, save_image, write_recipe
+from sparkir.models.facts import ModelFacts, restore
 from sparkir.models.registry import build
 
 pytest_plugins = ["helpers"]
@@ -58,3 +58,28 @@ def test_its_values_are_shifted_once(shown):
     network.network = nn.Identity()
     image = torch.rand(1, 3, 8, 8)
     torch.testing.assert_close(restore(network, image), image)
+
+
+def trained():
+    """A function that loads its weights itself."""
+    torch.manual_seed(0)
+    network = nn.Conv2d(3, 3, 3, padding=1)
+    network.facts = ModelFacts(
+        name="mine", scale=1, channels=3, value_range=1.0, taps=(), halo_px=1
+    )
+    return network
+
+
+def test_a_function_may_return_it_trained(project, monkeypatch):
+    monkeypatch.setitem(sys.modules, "their_networks", types.SimpleNamespace(trained=trained))
+    changes = {"teacher": {"model": "their_networks:trained"}, "train.steps": 2}
+    changes |= {"data.degradation": "noise", "data.scale": 1, "metric": "rgb"}
+    options = {"depth": 3, "width": 4, "channels": 3}
+    changes |= {"student": {"model": "dncnn", "options": options}}
+    write_recipe(project / "own.toml", changes)
+    said = call("distill", "own.toml", "--out", "run")
+    assert said.code == 0, said
+    assert "teacher.weights is not set: the teacher is as their_networks:trained" in said.err
+    save_image(project / "pairs/input/a.png", photo(20, 20, 1))
+    save_image(project / "pairs/target/a.png", photo(20, 20, 2))
+    assert call("evaluate", "their_networks:trained", "--data", "pairs").code == 0

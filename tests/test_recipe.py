@@ -103,9 +103,9 @@ class TestToml:
     def test_round_trip_of_ranges(self, write):
         recipe = load(
             write(MINIMAL),
-            ["data.degradation=noise", "data.scale=1", "data.sigma=[5, 50]", "data.quality=30"],
+            ["data.degradation=noise", "data.scale=1", "data.sigma=[5, 50]", "data.test_sigma=30"],
         )
-        assert (recipe.data.sigma, recipe.data.quality) == ((5.0, 50.0), 30)
+        assert (recipe.data.sigma, recipe.data.test_sigma) == ((5.0, 50.0), 30)
         assert load(write(recipe.to_toml())) == recipe
 
     def test_writes_every_default_and_leaves_out_what_there_is_not(self, write):
@@ -336,7 +336,7 @@ class TestOverrides:
             ("data.train=a=b", lambda r: r.data.train == "a=b"),
             ("description=", lambda r: r.description == ""),
             ("seed=7", lambda r: r.seed == 7),
-            ("data.sigma=[5, 50]", lambda r: r.data.sigma == (5, 50)),
+            ("train.ema=0.5", lambda r: r.train.ema == 0.5),
             ('baselines=["degraded"]', lambda r: r.baselines == ("degraded",)),
             ("quant.weight_bits=2", lambda r: r.quant == QuantSpec(weight_bits=2)),
             ("quant={weight_bits=2}", lambda r: r.quant == QuantSpec(weight_bits=2)),

@@ -83,7 +83,7 @@ def table_of(markdown: str) -> list[list[str]]:
 def test_everything_is_there_and_the_command_says_where(finished):
     names = {path.name for path in finished.folder.iterdir()}
     written = {"report.md", "comparison.png", "student.safetensors", "student.onnx", "student.md"}
-    assert names == written | {"report.json", "events.jsonl", "recipe.toml", "training"}
+    assert names == written | {"report.json", "events.jsonl", "recipe.toml", "training", ".lock"}
     for name in [*written, "events.jsonl", "recipe.toml"]:
         assert f" run/{name}\n" in finished.said.out
         assert (finished.folder / name).stat().st_size > 0
@@ -263,7 +263,8 @@ def test_the_report_says_what_a_method_looked_with(project):
 def test_networks_that_a_method_cannot_compare_are_refused_before_training(project):
     (project / "bare.py").write_text(
         "from torch import nn\nfrom sparkir.models.facts import ModelFacts\n"
-        "def bare():\n    network = nn.Upsample(scale_factor=2)\n"
+        "def bare():\n    enlarge = nn.Upsample(scale_factor=2)\n"
+        "    network = nn.Sequential(nn.Conv2d(3, 3, 1), enlarge)\n"
         "    network.facts = ModelFacts(name='bare', scale=2, channels=3, value_range=1.0,"
         " taps=(), halo_px=1)\n    return network\n"
     )
@@ -455,7 +456,7 @@ def test_resuming_from_a_damaged_checkpoint(stopped_run):
 
 def test_a_run_that_is_at_work_is_left_alone(stopped_run):
     before = contents(stopped_run)
-    with held(stopped_run / "recipe.toml", wait=False):
+    with held(stopped_run / ".lock", wait=False):
         said = call("distill", "tiny.toml", "--out", "run", "--resume")
     assert said.code == 1
     assert said.err == "error: another process is at work in run; wait for it, or stop it\n"

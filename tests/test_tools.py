@@ -1,6 +1,8 @@
 """The smaller commands' parts: what a name opens, how it is measured, which files are made."""
 
 import shutil
+import sys
+import types
 from pathlib import Path
 
 import numpy as np
@@ -113,6 +115,29 @@ def test_the_convention_without_a_recipe(project, scale, metric, label):
     assert pairs.scale == scale
 
 
+@pytest.mark.parametrize(
+    ("override", "says"),
+    [
+        ("data.sigma=50", "data.sigma is of the training images here; .* data.test_sigma=25.0, so"),
+        ("data.quality=5", 'data.quality is for data.degradation = "jpeg"; leave it out'),
+    ],
+)
+def test_an_override_that_changes_nothing_is_refused(project, override, says):
+    changes = {"data.degradation": "noise", "data.sigma": [0.0, 55.0], "data.test_sigma": 25.0}
+    write_recipe(project / "noise.toml", changes | {"data.scale": 1}, without=IN_FLOAT)
+    opened = opened_with(1, recipe.load("noise.toml"))
+    with pytest.raises(SparkirError, match=says):
+        evaluation_setup(opened, "test", None, silent, [override])
+
+
+def test_a_grey_network_is_not_measured_on_coloured_noise(project):
+    opened = Opened(network=build("dncnn", depth=3, width=8), label="grey")
+    noise = ["data.degradation=noise"]
+    with pytest.raises(SparkirError, match=r"restores grey images, .*set data.channels = 1"):
+        evaluation_setup(opened, "test", None, silent, noise)
+    evaluation_setup(opened, "test", None, silent, [*noise, "data.channels=1"])
+
+
 def test_the_recipes_data_and_metric_are_used(project):
     changes = {"data.degradation": "jpeg", "data.quality": 10, "data.scale": 1, "metric": "rgb"}
     write_recipe(project / "jpeg.toml", changes, without=IN_FLOAT)
@@ -161,6 +186,32 @@ def test_a_network_is_known_by_what_it_computes(project, edsr):
     assert restorer_of(same).identity != restorer_of(edsr).identity
 
 
+class Shifted(nn.Module):
+    """A network with numbers that its state_dict does not have."""
+
+    def __init__(self, mean: float = 0.5, curve: float = 1.0, table: float = 1.0):
+        super().__init__()
+        self.inner = nn.Conv2d(3, 3, 1)
+        self.register_buffer("mean", torch.tensor([mean]), persistent=False)
+        self.settings = {"curve": [curve]}
+        self.table = torch.tensor([table])
+        self.facts = ModelFacts(
+            name="shifted", scale=1, channels=3, value_range=1.0, taps=(), halo_px=0
+        )
+
+    def forward(self, x):
+        return self.inner(x - self.mean) * self.settings["curve"][0] * self.table
+
+
+def test_nor_are_two_networks_the_same_because_their_weights_are():
+    def identity(**numbers: float) -> str:
+        torch.manual_seed(0)
+        return assemble.network_hash(Shifted(**numbers))
+
+    assert identity() == identity()
+    assert len({identity(), identity(mean=0.25), identity(curve=2.0), identity(table=2.0)}) == 4
+
+
 # From words to objects ------------------------------------------------------------------------
 
 
@@ -190,6 +241,13 @@ def test_where_the_cache_is(space, monkeypatch, tmp_path):
     assert assemble.cache_folder() == tmp_path / space
     monkeypatch.delenv("SPARKIR_CACHE")
     assert assemble.cache_folder() == Path.home() / ".cache" / "sparkir"
+
+
+def test_a_home_folder_is_found(project, monkeypatch):
+    monkeypatch.setenv("HOME", str(project))
+    written = ["data.train=~/train", "data.test=~/test", "teacher.weights=~/teacher.safetensors"]
+    materials = assemble.gather(recipe.load("tiny.toml", written))
+    assert (len(materials.train), len(materials.test)) == (2, 2)
 
 
 def test_one_seed_one_student(project):
@@ -230,6 +288,43 @@ def test_a_grey_network_cannot_be_trained_on_colour(project):
     write_recipe(project / "grey.toml", changes, without=IN_FLOAT)
     with pytest.raises(SparkirError, match=r"restores grey images, .*set data.channels = 1"):
         assemble.gather(recipe.load("grey.toml"))
+
+
+def frozen_conv(facts):
+    network = nn.Conv2d(3, 3, 1).requires_grad_(False)
+    network.facts = ModelFacts(**facts)
+    return network
+
+
+OWN = {"name": "own", "scale": 1, "channels": 3, "value_range": 1.0, "taps": (), "halo_px": 0}
+
+
+@pytest.mark.parametrize(
+    ("facts", "says"),
+    [
+        (OWN, "the student own has no parameter to train"),
+        (OWN | {"channels": 1}, "own cannot compute an image .1, 1, 24, 24., which by its facts"),
+    ],
+)
+def test_a_students_function_that_gives_what_cannot_be_trained(project, facts, says, monkeypatch):
+    monkeypatch.setitem(sys.modules, "theirs", types.SimpleNamespace(frozen_conv=frozen_conv))
+    student = {"model": "theirs:frozen_conv", "options": {"facts": facts}, "weights": ""}
+    changes = {"data.scale": 1, "data.degradation": "noise", "student": student, "metric": "rgb"}
+    write_recipe(project / "own.toml", changes, without=IN_FLOAT)
+    with pytest.raises(SparkirError, match=says):
+        assemble.gather(recipe.load("own.toml"))
+
+
+def test_images_that_are_tested_and_trained_on(project):
+    events = []
+    shutil.copy(project / "test" / "c.png", project / "train" / "c.png")
+    assemble.gather(recipe.load("tiny.toml"), events.append)
+    assert not [event for event in events if event["kind"] == "warning"]  # another file
+    (project / "train" / "c.png").unlink()
+    (project / "train" / "c.png").symlink_to(project / "test" / "c.png")
+    assemble.gather(recipe.load("tiny.toml"), events.append)
+    (warning,) = [event["message"] for event in events if event["kind"] == "warning"]
+    assert warning.startswith("1 of the 2 test images are trained on, ")
 
 
 def test_a_saved_student_comes_back_in_the_same_state(project):

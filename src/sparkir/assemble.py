@@ -7,7 +7,7 @@ import json
 import os
 import re
 import textwrap
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass
 from importlib import metadata, resources
 from pathlib import Path
@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from sparkir.data.catalog import CATALOG
+from sparkir.data.codec import one_line
 from sparkir.data.degrade import BicubicDownscale, Degradation, GaussianNoise, JpegCompression
 from sparkir.data.layouts import Split, clean_images, pair_files, part_of
 from sparkir.data.pairs import PairStore, PatchSampler
@@ -30,7 +31,7 @@ from sparkir.errors import SparkirError
 from sparkir.evaluate.infer import device_of, evaluating
 from sparkir.evaluate.metrics import Convention, ssim
 from sparkir.models.checkpoint import load_weights, read_metadata, read_weights, save_weights
-from sparkir.models.facts import as_seen, facts_of, smallest_px
+from sparkir.models.facts import ModelFacts, as_seen, facts_of, smallest_px
 from sparkir.models.registry import build
 from sparkir.models.spandrel import SPANDREL, recognised
 from sparkir.quant.calibrate import calibrate
@@ -53,7 +54,7 @@ def silent(event: dict[str, Any]) -> None:
 def cache_folder() -> Path:
     """Where decoded images are kept between runs: $SPARKIR_CACHE, or the user's cache."""
     base = os.environ.get("SPARKIR_CACHE") or Path.home() / ".cache" / "sparkir"
-    return Path(base)
+    return Path(base).expanduser()
 
 
 def open_pairs(
@@ -76,7 +77,7 @@ def open_pairs(
     }
     _require_here(where, split)
     if data.degradation == "pairs":
-        files = pair_files(_folder_of(where, split), split)
+        files = pair_files(folder_of(where, split), split)
         pairs = PairStore.from_files(files, scale=data.scale, **options)
     else:
         degradation = degradation_of(data.as_tested() if split == "test" else data)
@@ -86,11 +87,29 @@ def open_pairs(
     return pairs
 
 
+def _tested_in_training(data: Data) -> Iterator[str]:
+    """What is to be said of test images that are among the training images."""
+    trained = {path.resolve() for path in _clean_paths(data, data.train, "train")}
+    tested = {path.resolve() for path in _clean_paths(data, data.test, "test")}
+    if both := sorted(trained & tested):
+        yield (
+            f"{len(both)} of the {len(tested)} test images are trained on, {both[0]} among them: "
+            "what is measured says nothing of other images"
+        )
+
+
+def _clean_paths(data: Data, where: str, split: Split) -> list[Path]:
+    _require_here(where, split)
+    if data.degradation == "pairs":
+        return [pair.target for pair in pair_files(folder_of(where, split), split)]
+    return _image_paths(where, split)
+
+
 def _image_paths(where: str, split: Split) -> list[Path]:
     scheme, _, part = where.partition(":")
     if scheme == "photographs" and part in ("train", "test"):
         return photographs(cast("Split", part))
-    return clean_images(_folder_of(where, split))
+    return clean_images(folder_of(where, split))
 
 
 def _require_here(where: str, split: Split) -> None:
@@ -104,9 +123,10 @@ def _require_here(where: str, split: Split) -> None:
         )
 
 
-def _folder_of(where: str, split: Split) -> Path:
+def folder_of(where: str, split: Split) -> Path:
     """Where in a folder the images for a purpose lie; the folder itself if that is unknown."""
-    return part_of(Path(where), split) or Path(where)
+    folder = Path(where).expanduser()
+    return part_of(folder, split) or folder
 
 
 def degradation_of(data: Data) -> Degradation:
@@ -154,7 +174,7 @@ def weights_path(weights: str) -> Path:
     """A checkpoint's path; `package:NAME` is one that ships."""
     scheme, _, name = weights.partition(":")
     if scheme != "package":
-        return Path(weights)
+        return Path(weights).expanduser()
     path = Path(str(resources.files("sparkir.models") / "weights" / f"{name}.safetensors"))
     if not path.is_file():
         known = sorted(p.stem for p in path.parent.glob("*.safetensors"))
@@ -297,6 +317,11 @@ def task_of(
 def _doubts(recipe: Recipe) -> Iterator[str]:
     """What a recipe may say, and hardly means."""
     quant, distill = recipe.quant, recipe.distill
+    if recipe.teacher is not None and not recipe.teacher.weights:
+        yield (
+            f"teacher.weights is not set: the teacher is as {recipe.teacher.model} returns it, "
+            "which should be with its weights"
+        )
     if quant is not None and not recipe.student.weights and not recipe.train.float_steps:
         yield (
             "the student starts from fresh weights, and its grids are set to what those compute; "
@@ -332,7 +357,15 @@ def gather(recipe: Recipe, report: Report = silent) -> Materials:
     for role, network in (("teacher", teacher), ("student", student)):
         if network is not None:
             _require_fit(role, network.to(device), recipe.data.scale)
-    _require_channels(recipe.data, student, teacher)
+    if not any(parameter.requires_grad for parameter in student.parameters()):
+        raise SparkirError(
+            f"the student {facts_of(student).name} has no parameter to train; return it from its "
+            "function with requires_grad"
+        )
+    require_channels(recipe.data, facts_of(student), "student")
+    _require_alike(student, teacher)
+    for message in _tested_in_training(recipe.data):
+        report({"kind": "warning", "message": message})
     train_pairs = open_pairs(recipe.data, recipe.data.train, report, split="train")
     test_pairs = open_pairs(recipe.data, recipe.data.test, report)
     require_measurable(test_pairs, convention_of(recipe))
@@ -353,7 +386,11 @@ def gather(recipe: Recipe, report: Report = silent) -> Materials:
 
 def _require_weights(recipe: Recipe) -> None:
     """Stop now if weights are not there, and say how they come about where that is known."""
-    if recipe.teacher is not None and not recipe.teacher.weights:
+    if (
+        recipe.teacher is not None
+        and not recipe.teacher.weights
+        and ":" not in recipe.teacher.model
+    ):
         raise SparkirError(
             "the teacher has no weights; set teacher.weights, or give --teacher FILE"
         )
@@ -377,8 +414,14 @@ def _require_fit(role: str, network: nn.Module, scale: int) -> None:
         )
     side = -(-max(_TRIAL_PX, facts.min_size_px) // facts.size_multiple) * facts.size_multiple
     given, expected = ((1, facts.channels, size, size) for size in (side, scale * side))
-    with evaluating(network):
-        output = network(torch.zeros(given, device=device_of(network)))
+    try:
+        with evaluating(network):
+            output = network(torch.zeros(given, device=device_of(network)))
+    except (RuntimeError, TypeError, ValueError, IndexError) as error:
+        raise SparkirError(
+            f"the {role} {facts.name} cannot compute an image {given}, which by its facts it can: "
+            f"{one_line(error)}; check network.facts"
+        ) from error
     shape = tuple(output.shape) if isinstance(output, Tensor) else type(output).__name__
     if shape != expected:
         raise SparkirError(
@@ -387,19 +430,23 @@ def _require_fit(role: str, network: nn.Module, scale: int) -> None:
         )
 
 
-def _require_channels(data: Data, student: nn.Module, teacher: nn.Module | None) -> None:
-    """Stop now if student, teacher and data do not agree on what a channel is."""
+def require_channels(data: Data, facts: ModelFacts, role: str = "network") -> None:
+    """Stop now if a network, the student of a recipe or another, restores other channels."""
+    if data.channels == 1 and facts.channels == 3:
+        raise SparkirError(
+            f"data.channels = 1 makes the images grey, but the {role} {facts.name} restores RGB; "
+            f"set {role}.options.channels = 1, or leave data.channels out"
+        )
+    if data.channels == 3 and facts.channels == 1 and data.degradation == "noise":
+        raise SparkirError(
+            f"the {role} {facts.name} restores grey images, and the luma of coloured noise is "
+            f"weaker than the noise; set data.channels = 1, or {role}.options.channels = 3"
+        )
+
+
+def _require_alike(student: nn.Module, teacher: nn.Module | None) -> None:
+    """Stop now if student and teacher do not agree on what a channel is."""
     own = facts_of(student)
-    if data.channels == 1 and own.channels == 3:
-        raise SparkirError(
-            f"data.channels = 1 makes the images grey, but the student {own.name} restores RGB; "
-            "set student.options.channels = 1, or leave data.channels out"
-        )
-    if data.channels == 3 and own.channels == 1 and data.degradation == "noise":
-        raise SparkirError(
-            f"the student {own.name} restores grey images, and the luma of coloured noise is "
-            "weaker than the noise; set data.channels = 1, or student.options.channels = 3"
-        )
     if teacher is None or facts_of(teacher).channels == 3:
         return
     theirs = facts_of(teacher)
@@ -441,17 +488,26 @@ def require_measurable(pairs: PairStore, convention: Convention) -> None:
 def network_hash(network: nn.Module) -> str:
     """A hash of a network's facts, its modules and their settings, and all its numbers."""
     known = hashlib.sha256(repr((facts_of(network), str(network))).encode())
+    tensors = dict(network.state_dict())
+    tensors |= dict(network.named_buffers())  # those that are not saved, too
     for name, module in network.named_modules():
-        settings = [
-            f"{name}.{key}={value}"
-            for key, value in sorted(vars(module).items())
-            if isinstance(value, bool | int | float | str) and key != "training"
-        ]
+        own = {key: value for key, value in sorted(vars(module).items()) if key != "training"}
+        tensors |= {f"{name}.{k}": v for k, v in own.items() if isinstance(v, Tensor)}
+        settings = [f"{name}.{k}={v}" for k, v in own.items() if _is_setting(v)]
         known.update("\n".join(settings).encode())
-    for name, tensor in sorted(network.state_dict().items()):
+    for name, tensor in sorted(tensors.items()):
         known.update(name.encode())
         known.update(tensor.detach().cpu().flatten().contiguous().view(torch.uint8).numpy())
     return known.hexdigest()[:16]
+
+
+def _is_setting(value: object) -> bool:
+    """Whether a module's attribute is of plain values, however they are nested."""
+    if isinstance(value, Mapping):
+        return bool(value) and all(map(_is_setting, (*value.keys(), *value.values())))
+    if isinstance(value, tuple | list):
+        return all(map(_is_setting, value))
+    return value is None or isinstance(value, bool | int | float | str)
 
 
 def save_student(recipe: Recipe, student: nn.Module, path: Path) -> None:

@@ -32,6 +32,16 @@ _OF_TRAINING = ("train", "test", "scale", "patch_px", "batch", "licence")
 """Keys of [data] that mean nothing to a network that is there, on images that are named."""
 
 
+_DEGRADES = {
+    "border": "bicubic",
+    "sigma": "noise",
+    "test_sigma": "noise",
+    "quality": "jpeg",
+    "test_quality": "jpeg",
+}
+"""Keys of [data] that mean something to one degradation alone."""
+
+
 class _Section(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
 
@@ -75,11 +85,16 @@ class Data(_Section):
         quality = self.quality if self.test_quality is None else self.test_quality
         return self.model_copy(update={"sigma": sigma, "quality": quality})
 
+    def as_pairs(self) -> Data:
+        """The same for images that are degraded already."""
+        unused = {key: type(self).model_fields[key].default for key in _DEGRADES}
+        return self.model_copy(update={**unused, "degradation": "pairs"})
+
     def require_consistent(self) -> None:
         """Raise ValueError if a key does nothing for this degradation, or the scale is wrong."""
         made = self.degradation
-        for key, needed in (("test_sigma", "noise"), ("test_quality", "jpeg")):
-            if getattr(self, key) is not None and made != needed:
+        for key, needed in _DEGRADES.items():
+            if getattr(self, key) != type(self).model_fields[key].default and made != needed:
                 raise ValueError(f'data.{key} is for data.degradation = "{needed}"; leave it out')
         if made in ("noise", "jpeg") and self.scale != 1:
             raise ValueError(f"{made} keeps the size; leave out data.scale")
@@ -319,6 +334,13 @@ def with_overrides(data: Data, overrides: Sequence[str]) -> Data:
             "the test images can be changed, such as data.test_sigma=50, and where they lie with "
             "--data"
         )
+    for key in ("sigma", "quality"):
+        tested = f"data.test_{key}"
+        if f"data.{key}" in wanted and tested not in wanted and getattr(data, f"test_{key}"):
+            raise SparkirError(
+                f"--set data.{key} is of the training images here; test images have "
+                f"{tested}={getattr(data, f'test_{key}')}, so set that"
+            )
     try:
         changed = Data.model_validate(values["data"])
         changed.require_consistent()

@@ -65,6 +65,8 @@ from sparkir.train.loop import LoopSettings, Report, train
 from sparkir.train.optimize import build_average, build_optimizer, fast_precision
 from sparkir.train.state import TrainState
 
+_LOCK = ".lock"
+"""Held by the process that works in a run folder, and never replaced."""
 LARGEST_PSNR_CHANGE_DB = 0.02
 """Between the network as trained and the file as executed."""
 
@@ -364,30 +366,42 @@ def _claimed(folder: Path, recipe: Recipe, *, resume: bool) -> Iterator[None]:
 
     So that a mistake found on the way can be mended and the same command given again.
     """
-    existed = folder.exists()
-    claim(folder, recipe, resume=resume)
-    try:
-        with _alone(folder):
+    if resume:
+        claim(folder, recipe, resume=True)
+    existed, claimed = folder.exists(), False
+    with _alone(folder):
+        try:
+            if not resume:
+                claim(folder, recipe, resume=False)
+                claimed = True
             yield
-    except BaseException:
-        if not resume and not (folder / "training").exists():
-            for name in ("events.jsonl", "recipe.toml"):
-                (folder / name).unlink(missing_ok=True)
-            if not existed:
-                with suppress(OSError):  # somebody else put a file there
-                    folder.rmdir()
-        raise
+        except BaseException:
+            if not resume and not (folder / "training").exists():
+                made = ("events.jsonl", "recipe.toml") if claimed else ()
+                for name in (*made, _LOCK):
+                    (folder / name).unlink(missing_ok=True)
+                if not existed:
+                    with suppress(OSError):  # somebody else put a file there
+                        folder.rmdir()
+            raise
 
 
 @contextmanager
 def _alone(folder: Path) -> Iterator[None]:
-    """Keep other processes from training in `folder`: its recipe is held."""
+    """Keep other processes from training in `folder`, which is made if it is not there."""
+    if folder.is_file():
+        raise SparkirError(f"{folder} is a file; choose a folder for --out")
     with ExitStack() as stack:
         try:
-            stack.enter_context(held(folder / "recipe.toml", wait=False))
+            folder.mkdir(parents=True, exist_ok=True)
+            stack.enter_context(held(folder / _LOCK, wait=False))
         except BlockingIOError as error:
             raise SparkirError(
                 f"another process is at work in {folder}; wait for it, or stop it"
+            ) from error
+        except OSError as error:
+            raise SparkirError(
+                f"cannot write to {folder}: {one_line(error)}; choose another --out"
             ) from error
         yield
 
@@ -417,7 +431,7 @@ def claim(folder: Path, recipe: Recipe, *, resume: bool) -> None:
             )
         if folder.is_file():
             raise SparkirError(f"{folder} is a file; choose a folder for --out")
-        if folder.is_dir() and any(folder.iterdir()):
+        if folder.is_dir() and any(path.name != _LOCK for path in folder.iterdir()):
             raise SparkirError(f"{folder} is not empty and holds no run; choose another --out")
         with atomic_file(written) as file:
             file.write(recipe.to_toml().encode())

@@ -20,16 +20,18 @@ from sparkir.assemble import (
     build_network,
     convention,
     convention_of,
+    folder_of,
     gather,
     load_student,
     network_hash,
     open_pairs,
     quantize_student,
+    require_channels,
 )
 from sparkir.data.catalog import known_set
 from sparkir.data.codec import one_line
 from sparkir.data.inventory import recognise, take_inventory
-from sparkir.data.layouts import holds_pairs, part_of
+from sparkir.data.layouts import holds_pairs
 from sparkir.data.pairs import PairStore
 from sparkir.deploy.bench import measure, require_sizes
 from sparkir.deploy.card import Card, read_card
@@ -129,7 +131,7 @@ def finished_student(folder: Path) -> Path:
 
 def _open_by_name(name: str, weights: Path | None, options: Mapping[str, Any]) -> Opened:
     known = name in available() or ":" in name or name == SPANDREL
-    if known and weights is None:
+    if known and weights is None and ":" not in name:
         raise SparkirError(f"the network {name} has no weights yet; add --weights FILE")
     choice = Network(model=name, options=dict(options), weights=str(weights or ""))
     try:
@@ -139,7 +141,7 @@ def _open_by_name(name: str, weights: Path | None, options: Mapping[str, Any]) -
             raise
         raise SparkirError(f"there is no run or file {name}, and {error}") from error
     label = facts_of(network).name if name == SPANDREL else name
-    return Opened(network=network.eval(), label=f"{label} with {weights}")
+    return Opened(network=network.eval(), label=f"{label} with {weights}" if weights else label)
 
 
 def evaluation_setup(
@@ -160,12 +162,12 @@ def evaluation_setup(
         raise SparkirError(f"--metric {metric!r}: choose y, rgb or grey")
     enlarges = facts.scale > 1
     data = opened.recipe.data if opened.recipe else Data(train=where, test=where)
-    changes: dict[str, Any] = {}
-    if holds_pairs(part_of(Path(where), "test") or Path(where)):
-        changes = {"degradation": "pairs", "test_sigma": None, "test_quality": None}
+    if holds_pairs(folder_of(where, "test")):
+        data = data.as_pairs()
     elif opened.recipe is None:
-        changes = {"degradation": "bicubic" if enlarges else "pairs"}
-    data = with_overrides(data.model_copy(update={**changes, "scale": facts.scale}), overrides)
+        data = data.model_copy(update={"degradation": "bicubic" if enlarges else "pairs"})
+    data = with_overrides(data.model_copy(update={"scale": facts.scale}), overrides)
+    require_channels(data, facts)
     usual = "y" if enlarges else "grey" if data.channels == 1 else "rgb"
     space = metric or (opened.recipe.metric if opened.recipe else usual)
     return open_pairs(data, where, report), convention(_SPACES[space], facts.scale)

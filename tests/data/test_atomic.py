@@ -1,6 +1,7 @@
 import os
 import stat
 import time
+from pathlib import Path
 
 import pytest
 
@@ -70,13 +71,33 @@ def test_a_rename_that_fails_for_another_reason_is_reported(tmp_path):
 
 
 def test_only_abandoned_leftovers_are_removed(tmp_path):
-    for name, age_s in (("dead", 7200), ("alive", 0), ("slow", 7200)):
-        partial = tmp_path / f".{name}.partial"
+    """And none of other programs, whatever their age."""
+    dead, alive, slow = (f".{digit * 32}.partial" for digit in "1a9")
+    theirs = (".rsync.partial", ".IMG_2041.CR2.partial")
+    for name, age_s in ((dead, 7200), (alive, 0), (slow, 7200), *((name, 7200) for name in theirs)):
+        partial = tmp_path / name
         partial.mkdir()
         (partial / "pixels").write_bytes(b"half")
         for path in (partial / "pixels", partial):
             os.utime(path, (time.time() - age_s,) * 2)
-    os.utime(tmp_path / ".slow.partial" / "pixels")  # an old folder that is still being written
+    os.utime(tmp_path / slow / "pixels")  # an old folder that is still being written
     with atomic_folder(tmp_path / "a"):
         pass
-    assert sorted(p.name for p in tmp_path.iterdir()) == [".alive.partial", ".slow.partial", "a"]
+    assert {p.name for p in tmp_path.iterdir()} == {alive, slow, *theirs, "a"}
+
+
+def test_what_cannot_be_removed_stands_in_nobodys_way(tmp_path, monkeypatch):
+    """In a folder such as /tmp, the leftovers of another user."""
+    dead = tmp_path / f".{'1' * 32}.partial"
+    dead.write_bytes(b"half")
+    os.utime(dead, (0, 0))
+
+    def refused(path: Path, **_: object) -> None:
+        if path == dead:
+            raise PermissionError(path)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "unlink", refused)
+        with atomic_file(tmp_path / "a") as file:
+            file.write(b"1")
+    assert (tmp_path / "a").read_bytes() == b"1"

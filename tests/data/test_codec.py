@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from sparkir.data.codec import decoded_bytes, read_image, write_png
+from sparkir.data.codec import GreyLevels, decoded_bytes, read_image, write_png
 from sparkir.errors import SparkirError
 
 
@@ -93,7 +93,7 @@ def test_16_bit_colour_comes_as_its_high_byte(tmp_path):
 
 @pytest.mark.parametrize("array", [np.array([[-1]], np.int32), np.array([[65536]], np.int32)])
 def test_integers_without_a_known_white_are_refused(save, array):
-    with pytest.raises(SparkirError, match=r"a\.tif holds integers outside 0\.\.65535"):
+    with pytest.raises(SparkirError, match=r"a\.tif: it holds integers outside 0\.\.65535"):
         read_image(save("a.tif", array))
 
 
@@ -201,3 +201,42 @@ def test_write_png_on_a_full_disk_leaves_the_older_file(tmp_path, photo, monkeyp
         write_png(path, photo(4, 4, seed=1))
     np.testing.assert_array_equal(read_image(path), photo(4, 4))
     assert list(tmp_path.iterdir()) == [path]
+
+
+@pytest.mark.parametrize("mode", ["L", "P", "RGB", "RGBA", "CMYK", "I;16"])
+@pytest.mark.parametrize("orientation", [5, 6, 7, 8])
+def test_turned_tiffs_are_not_scrambled(tmp_path, photo, mode, orientation):
+    """Uncompressed, which Pillow would map by the turned size."""
+    image = photo(5, 7)
+    grey = image[..., 0]
+    if mode == "I;16":
+        stored = Image.fromarray(grey.astype(np.uint16) * 257)
+    else:
+        stored = Image.fromarray(image).convert(mode)
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    for name, options in (("raw", {}), ("packed", {"compression": "tiff_lzw"})):
+        stored.save(tmp_path / f"{name}.tif", exif=exif, **options)
+    read = read_image(tmp_path / "raw.tif")
+    assert read.shape == (7, 5, 3)
+    np.testing.assert_array_equal(read, read_image(tmp_path / "packed.tif"))
+
+
+def test_black_is_black_where_the_file_counts_from_white(tmp_path):
+    tifffile = pytest.importorskip("tifffile")
+    grey = np.array([[0, 257, 65535]], np.uint16)
+    tifffile.imwrite(tmp_path / "a.tif", grey, photometric="miniswhite")
+    assert read_image(tmp_path / "a.tif")[0, :, 0].tolist() == [255, 254, 0]
+
+
+def test_12_bits_reach_white():
+    levels = GreyLevels(bits=12, black_is_zero=True)
+    assert levels.read(np.array([[0, 1, 4095]])).tolist() == [[0, 16, 65535]]
+
+
+def test_16_bit_colour_in_planes_is_refused(tmp_path):
+    tifffile = pytest.importorskip("tifffile")
+    planes = np.zeros((3, 4, 5), np.uint16)
+    tifffile.imwrite(tmp_path / "a.tif", planes, photometric="rgb", planarconfig="separate")
+    with pytest.raises(SparkirError, match="its 16-bit channels lie apart; save it with inter"):
+        read_image(tmp_path / "a.tif")

@@ -113,7 +113,7 @@ class TestStore:
         assert list(cache.iterdir()) == []
 
     def test_leftovers_of_a_kill_are_no_store(self, paths, cache):
-        leftover = cache / ".0123.partial"
+        leftover = cache / f".{'0123' * 8}.partial"
         leftover.mkdir(parents=True)
         (leftover / "pixels.u8").write_bytes(b"half")
         os.utime(leftover / "pixels.u8", (0, 0))

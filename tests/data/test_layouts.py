@@ -101,6 +101,38 @@ class TestPairs:
         with pytest.raises(SparkirError, match="no pairs in"):
             pair_files(folder)
 
+    @pytest.mark.parametrize("parts", [("Train", "Test"), ("training", "validation")])
+    def test_nor_those_of_other_names(self, tree, parts):
+        for part in parts:
+            folder = tree(f"{part}/input/{part}.png", f"{part}/target/{part}.png")
+        assert not holds_pairs(folder)
+        for split, part in zip(("train", "test"), parts, strict=True):
+            assert part_of(folder, split).name == part
+
+    def test_a_scene_with_one_side_alone(self, tree):
+        folder = tree("train/a/blur/1.png", "train/a/sharp/1.png", "train/c/blur/1.png") / "train"
+        with pytest.raises(SparkirError, match="c holds only blur, and no pairs, as the folders"):
+            pair_files(folder)
+
+    def test_a_ground_truth_without_its_degraded_image(self, tree):
+        folder = tree("rain-1.png", "norain-1.png", "norain-2.png", "rainstreak-1.png")
+        with pytest.raises(SparkirError, match=r"norain-2.png has no degraded partner \(1 of 2"):
+            pair_files(folder)
+
+    def test_a_marked_scene_without_its_degraded_image(self, tree):
+        folder = tree("s/0001_NOISY_SRGB_010.PNG", "s/0001_GT_SRGB_010.PNG")
+        tree("t/0002_GT_SRGB_010.PNG")
+        with pytest.raises(SparkirError, match="t holds images, and no pairs"):
+            pair_files(folder)
+
+    def test_two_pairs_of_one_name(self, tree):
+        folder = tree("a/input/b-c.png", "a/target/b-c.png", "a-b/input/c.png", "a-b/target/c.png")
+        with pytest.raises(SparkirError, match="would both be 'a-b-c'; rename one"):
+            pair_files(folder)
+
+    def test_rain_in_a_photographs_name_is_but_a_name(self, tree):
+        assert not holds_pairs(tree("rain-forest.png", "b.png"))
+
     def test_none(self, tree):
         folder = tree("a.png", "low/a.png")
         assert not holds_pairs(folder)

@@ -15,6 +15,8 @@ from sparkir.data.degrade import (
     mod_crop,
 )
 from sparkir.data.images import read_image
+from sparkir.data.layouts import pair_files
+from sparkir.data.matching import partners
 from sparkir.data.pairs import PairStore, PatchSampler
 from sparkir.errors import SparkirError
 
@@ -96,10 +98,10 @@ class TestFromImages:
             PairStore.from_images([path], BicubicDownscale(8), cache=cache)
 
 
-class TestFromFolders:
+class TestFromFiles:
     @pytest.mark.parametrize("scale", [None, 4])
     def test_pairs_by_stem(self, folders, cache, scale):
-        pairs = PairStore.from_folders(*folders, scale=scale, cache=cache)
+        pairs = PairStore.from_files(partners(*folders), scale=scale, cache=cache)
         assert pairs.names == ("0", "1", "2")
         assert pairs.scale == 4
         for i in range(3):
@@ -108,7 +110,7 @@ class TestFromFolders:
             np.testing.assert_array_equal(gt, read_image(folders[1] / f"{i}.png"))
 
     def test_equal_sizes_are_scale_one(self, folders, cache):
-        assert PairStore.from_folders(folders[1], folders[1], cache=cache).scale == 1
+        assert PairStore.from_files(partners(folders[1], folders[1]), cache=cache).scale == 1
 
     @pytest.mark.parametrize("side", [0, 1])
     def test_missing_partner(self, folders, cache, side):
@@ -116,7 +118,7 @@ class TestFromFolders:
         lost.unlink()
         kept = next(folders[1 - side].glob("1.*"))
         with pytest.raises(SparkirError, match=rf"{kept.name} has no partner .*{lost.parent.name}"):
-            PairStore.from_folders(*folders, cache=cache)
+            PairStore.from_files(partners(*folders), cache=cache)
 
     @pytest.mark.parametrize(
         ("input_size", "scale", "rule"),
@@ -133,26 +135,26 @@ class TestFromFolders:
         save("target/a.png", photo(24, 40))
         sizes = f"input is {input_size[1]}x{input_size[0]} px, target 40x24 px"
         with pytest.raises(SparkirError, match=rf"pair a: {sizes}; .*{rule}"):
-            PairStore.from_folders(
-                tmp_path / "input", tmp_path / "target", scale=scale, cache=cache
+            PairStore.from_files(
+                partners(tmp_path / "input", tmp_path / "target"), scale=scale, cache=cache
             )
 
     def test_one_scale_for_all(self, folders, save, photo, cache):
         save("input/1.bmp", photo(12, 20))
         with pytest.raises(SparkirError, match=r"pair 1: .*exactly 4 times"):
-            PairStore.from_folders(*folders, cache=cache)
+            PairStore.from_files(partners(*folders), cache=cache)
 
     def test_same_stem_twice(self, folders, save, photo, cache):
         save("input/1.png", photo(6, 10))
         with pytest.raises(SparkirError, match="both named '1'"):
-            PairStore.from_folders(*folders, cache=cache)
+            PairStore.from_files(partners(*folders), cache=cache)
 
     def test_half_a_pair_is_skipped_whole(self, folders, cache):
         (folders[0] / "0.bmp").write_bytes(b"broken")
         (folders[1] / "2.png").write_bytes(b"broken")
         with pytest.raises(SparkirError, match=r"0\.bmp.*data\.skip_broken"):
-            PairStore.from_folders(*folders, cache=cache)
-        pairs = PairStore.from_folders(*folders, cache=cache, skip_broken=True)
+            PairStore.from_files(partners(*folders), cache=cache)
+        pairs = PairStore.from_files(partners(*folders), cache=cache, skip_broken=True)
         assert pairs.names == ("1",)
         assert len(pairs.skipped) == 2
         np.testing.assert_array_equal(pairs.pair(0)[1], read_image(folders[1] / "1.png"))
@@ -162,12 +164,12 @@ class TestFromFolders:
         for name in ("input/0.bmp", "input/1.bmp", "target/2.png"):
             (folders[0].parent / name).write_bytes(b"broken")
         with pytest.raises(SparkirError, match=r"not one whole pair could be read: .*0\.bmp"):
-            PairStore.from_folders(*folders, cache=cache, skip_broken=True)
+            PairStore.from_files(partners(*folders), cache=cache, skip_broken=True)
 
     @pytest.mark.data
     def test_development_pairs(self, development_data, cache):
         folder = development_data / "tasks" / "lowlight_LOL_eval15"
-        pairs = PairStore.from_folders(folder / "input", folder / "target", cache=cache)
+        pairs = PairStore.from_files(pair_files(folder), cache=cache)
         assert (len(pairs), pairs.scale) == (15, 1)
         lq, gt = pairs.pair(0)
         assert lq.mean() < 0.5 * gt.mean()

@@ -3,15 +3,23 @@ import pickle
 import random
 
 import pytest
+import safetensors.torch
 import torch
 from torch import nn
 
 from sparkir.errors import SparkirError
 from sparkir.models.checkpoint import load_weights, read_metadata, save_weights
+from sparkir.models.registry import build
 
 
 def network():
     return nn.Sequential(nn.Conv2d(3, 4, 3), nn.Conv2d(4, 2, 1))
+
+
+def _of(state):
+    made = network()
+    made.load_state_dict(state)
+    return made
 
 
 def assert_same_weights(first, second):
@@ -32,6 +40,9 @@ def source():
         lambda state: state,
         lambda state: {"params_ema": state, "params": {"older": torch.zeros(1)}},
         lambda state: {"params": state},
+        lambda state: {"params_ema": {}, "params": state},
+        lambda state: {"state_dict_ema": state, "state_dict": {"older": torch.zeros(1)}},
+        lambda state: torch.optim.swa_utils.AveragedModel(_of(state)).state_dict(),
         lambda state: {"state_dict": state, "epoch": 3},
         lambda state: {"model": {"params": state}},
         lambda state: {"net_g": {f"module._orig_mod.{k}": v for k, v in state.items()}},
@@ -201,3 +212,37 @@ def test_missing_file_and_other_content_are_refused(tmp_path):
         pickle.dump({"a": 1}, file, protocol=2)
     with pytest.raises(SparkirError, match=r"plain\.pth"):
         load_weights(network(), tmp_path / "plain.pth")
+
+
+@pytest.mark.parametrize(
+    ("changed", "says"),
+    [
+        (lambda t: (t * 100).to(torch.int8), "1 of another kind of number: 0.weight torch.int8"),
+        (lambda t: t.to(torch.complex64), "1 of another kind of number: 0.weight torch.complex64"),
+        (lambda t: t.to_sparse(), "0.weight is no plain tensor; save the weights as dense"),
+    ],
+)
+def test_numbers_that_would_lose_something_are_refused(tmp_path, source, changed, says):
+    state = dict(source.state_dict())
+    state["0.weight"] = changed(state["0.weight"])
+    torch.save(state, tmp_path / "w.pth")
+    loaded = network()
+    before = {name: tensor.clone() for name, tensor in loaded.state_dict().items()}
+    with pytest.raises(SparkirError, match=says):
+        load_weights(loaded, tmp_path / "w.pth")
+    assert all(torch.equal(before[name], tensor) for name, tensor in loaded.state_dict().items())
+
+
+def test_weights_of_8_bit_floats_are_read(tmp_path, source):
+    state = {name: t.to(torch.float8_e4m3fn) for name, t in source.state_dict().items()}
+    safetensors.torch.save_file(state, tmp_path / "w.safetensors")
+    loaded = network()
+    load_weights(loaded, tmp_path / "w.safetensors")
+    assert torch.equal(loaded[0].weight, state["0.weight"].float())
+
+
+def test_published_keys_that_are_incomplete_are_a_mismatch(tmp_path):
+    state = dict(build("plainusr", size="u").state_dict()) | {"tail.0.weight": torch.zeros(48, 8)}
+    torch.save(state, tmp_path / "w.pth")
+    with pytest.raises(SparkirError, match="not of this network"):
+        load_weights(build("plainusr", size="u"), tmp_path / "w.pth")

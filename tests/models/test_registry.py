@@ -77,7 +77,12 @@ def test_options_reach_the_network():
         ("nafnet", {"encoder_blocks": [1]}, "as many levels as down, got encoder_blocks"),
         ("swinir", {"heads": 7}, "SwinIR's width must be a multiple of heads, got 60 and 7"),
         ("swinir", {"depths": []}, "'depths' of network 'swinir' must be a list of whole numbers"),
-        ("plainusr", {"size": "xl"}, "PlainUSR comes in the sizes u, t, s, m, got 'xl'"),
+        ("plainusr", {"size": "xl"}, "'size' .* 'plainusr' must be one of u, t, s, m, got 'xl'"),
+        ("plainusr", {"size": ["u"]}, "must be one of u, t, s, m"),
+        ("rfdn", {"anchored": "no"}, "must be true or false, got 'no'"),
+        ("rlfn", {"inner_width": 0}, "must be a whole number >= 1, got 0"),
+        ("rlfn", {"inner_width": "48"}, "must be a whole number >= 1, got '48'"),
+        ("edsr", {"res_scale": float("nan")}, "must be a number, got nan"),
         ("dncnn", {"channels": 4}, "channels must be 1"),
         ("dncnn", {"depth": 1}, "depth >= 2"),
     ],
@@ -115,11 +120,24 @@ def test_a_users_function_may_set_the_facts_itself():
         ("their_networks:plain", {"facts": FACTS, "depth": 2}, "unexpected.*it takes: width"),
         ("their_networks:not_a_network", {}, "must return an nn.Module, but returned str.*example"),
         ("their_networks:number", {}, "has no function 'number'"),
-        ("their_networks:", {}, "has no function ''"),
+        ("their_networks:", {}, "not of the form package.module:function"),
         ("no_such_module_here:f", {}, "cannot import 'no_such_module_here'"),
         (":f", {}, "not of the form package.module:function"),
+        ("broken_networks:f", {}, "cannot import 'broken_networks' .*invalid syntax.*mend the mo"),
+        (
+            "their_networks:plain",
+            {"width": 3, "facts": FACTS | {"size_multiple": 8.0}},
+            "size_multiple must be a whole number",
+        ),
+        (
+            "their_networks:plain",
+            {"width": 3, "facts": FACTS | {"taps": "body.3"}},
+            "taps must be a list",
+        ),
     ],
 )
-def test_mistakes_with_a_users_function(name, options, message):
+def test_mistakes_with_a_users_function(name, options, message, tmp_path, monkeypatch):
+    (tmp_path / "broken_networks.py").write_text("def f(:")
+    monkeypatch.syspath_prepend(str(tmp_path))
     with pytest.raises(SparkirError, match=message):
         build(name, **options)

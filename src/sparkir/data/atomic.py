@@ -6,11 +6,12 @@ file, and a killed process leaves only a hidden ``*.partial`` behind.
 """
 
 import os
+import re
 import shutil
 import time
 import uuid
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import BinaryIO
 
@@ -19,7 +20,7 @@ try:
 except ModuleNotFoundError:  # Windows
     fcntl = None  # type: ignore[assignment]
 
-_SUFFIX = ".partial"
+_PARTIAL = re.compile(r"\.[0-9a-f]{32}\.partial")  # other programs have `.partial` files, too
 _ABANDONED_AFTER_S = 3600.0  # a process that still writes touches its folder far more often
 
 
@@ -90,19 +91,19 @@ def held(path: Path, *, wait: bool) -> Iterator[BinaryIO]:
 
 def _partial_beside(path: Path) -> Path:
     # Not tempfile: that makes private files (0600), and the result should obey the user's umask.
-    return path.with_name(f".{uuid.uuid4().hex}{_SUFFIX}")
+    return path.with_name(f".{uuid.uuid4().hex}.partial")
 
 
 def _remove_abandoned(parent: Path) -> None:
     """Delete the leftovers of killed processes, and only those: a live one may be at work."""
-    for partial in parent.glob(f".*{_SUFFIX}"):
-        try:
+    for partial in parent.glob(".*.partial"):
+        if not _PARTIAL.fullmatch(partial.name):
+            continue
+        with suppress(OSError):  # its owner finished meanwhile, or is somebody else
             touched = max(path.stat().st_mtime for path in (partial, *partial.glob("*")))
-        except FileNotFoundError:  # its owner finished meanwhile
-            continue
-        if time.time() - touched <= _ABANDONED_AFTER_S:
-            continue
-        if partial.is_dir():
-            shutil.rmtree(partial, ignore_errors=True)
-        else:
-            partial.unlink(missing_ok=True)
+            if time.time() - touched <= _ABANDONED_AFTER_S:
+                continue
+            if partial.is_dir():
+                shutil.rmtree(partial, ignore_errors=True)
+            else:
+                partial.unlink(missing_ok=True)

@@ -1,16 +1,19 @@
 """Folders of image files, and a store of them decoded once into one memory-mapped file.
 
 A store is a folder of two files: ``pixels.u8``, all images end to end, and ``index.json``, their
-names and shapes. It is named by a hash of what it was made from, so it is never stale; it is only
-a cache, and may be deleted whenever nothing runs.
+names and shapes. It is named by a hash of what it was made from: the files' paths, sizes and times
+of modification, whether they may be read, and what decodes them. It is only a cache, and may be
+deleted whenever nothing runs.
 """
 
 import hashlib
 import json
+import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
+import PIL
 from jaxtyping import UInt8
 
 from sparkir.data.atomic import atomic_folder, synced_file
@@ -32,9 +35,8 @@ SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".tif", ".tiff", ".bmp")
 Progress = Callable[[int, int], None]  # images done, images in all
 
 _PIXELS, _INDEX = "pixels.u8", "index.json"
-_FORMAT = (
-    1  # raise it when the layout of a store, what read_image returns, or a degradation changes
-)
+_FORMAT = 2
+"""Raise it when the layout of a store, what read_image returns, or a degradation changes."""
 _HOW_TO_SKIP = "or set data.skip_broken = true to go on without it"
 
 
@@ -61,9 +63,18 @@ def find_images(folder: Path) -> list[Path]:
 
 
 def check_stems(paths: Sequence[Path]) -> None:
-    """Raise SparkirError if two files of one folder differ only in suffix: names would clash."""
+    """Raise SparkirError if two files of one folder differ only in suffix: names would clash.
+
+    So does a name that is no text: it could be neither printed nor written into a report.
+    """
     seen: dict[Path, Path] = {}
     for path in paths:
+        try:
+            path.name.encode()
+        except UnicodeEncodeError as error:
+            raise SparkirError(
+                f"{str(path)!a} has a name that is not UTF-8; rename the file"
+            ) from error
         first = seen.setdefault(path.with_suffix(""), path)
         if first is not path:
             raise SparkirError(
@@ -106,10 +117,11 @@ class ImageStore:
     ) -> "ImageStore":
         """Open the store of these files in the folder ``cache``, decoding them if it is not there.
 
-        The store is known by the files' absolute paths, sizes and modification times, in order,
-        and by ``names``, which take the place of the stems. A file of blocks (see `read_blocks`)
-        gives an image for each, named ``NAME-SCENE-BLOCK``. ``progress`` is called after each
-        decoded file, and not at all when the store exists.
+        The store is known by Pillow's version, by the files' absolute paths, sizes, modification
+        times and whether they may be read, in order, and by ``names``, which take the place of the
+        stems. A file of blocks (see `read_blocks`) gives an image for each, named
+        ``NAME-SCENE-BLOCK``. ``progress`` is called after each decoded file, and not at all when
+        the store exists.
 
         Raises:
             SparkirError: a file cannot be read (unless ``skip_broken``), none can, two in one
@@ -117,7 +129,9 @@ class ImageStore:
         """
         check_stems(paths)
         named = [] if names is None else [list(names)]
-        folder = cache / f"images-{_hash([_FORMAT, *map(_identity, paths), *named])}"
+        folder = (
+            cache / f"images-{_hash([_FORMAT, PIL.__version__, *map(_identity, paths), *named])}"
+        )
         if not folder.is_dir():
             skipped: list[str] = []
             files = list(zip(names or [path.stem for path in paths], paths, strict=True))
@@ -125,7 +139,10 @@ class ImageStore:
             _write(folder, images, skipped, lambda: sum(map(decoded_bytes, paths)))
         store = cls(folder)
         if store.skipped and not skip_broken:  # it was built by a more lenient run
-            raise SparkirError(f"{store.skipped[0]}, {_HOW_TO_SKIP}")
+            raise SparkirError(
+                f"{store.skipped[0]}, {_HOW_TO_SKIP} (this was found when {folder} was made; "
+                "delete it to try again)"
+            )
         return store
 
     def derive(
@@ -168,12 +185,13 @@ def _hash(facts: object) -> str:
     return hashlib.sha256(json.dumps(facts).encode()).hexdigest()[:24]
 
 
-def _identity(path: Path) -> tuple[str, int, int]:
+def _identity(path: Path) -> tuple[str, int, int, bool]:
     try:
         status = path.stat()
     except OSError:  # reading it will say what is wrong
-        return str(path.absolute()), -1, -1
-    return str(path.absolute()), status.st_size, status.st_mtime_ns
+        return str(path.absolute()), -1, -1, False
+    readable = os.access(path, os.R_OK)
+    return str(path.absolute()), status.st_size, status.st_mtime_ns, readable
 
 
 def _decoded(

@@ -21,6 +21,7 @@ SPLITS: tuple[Split, ...] = ("train", "test")
 PARTS: dict[Split, tuple[str, ...]] = {
     "train": (
         "train",
+        "training",
         "our485",  # LOL
         "DIV2K_train_HR",
         "RainTrainL",
@@ -32,8 +33,11 @@ PARTS: dict[Split, tuple[str, ...]] = {
     ),
     "test": (
         "test",
+        "testing",
         "eval15",  # LOL
         "val",
+        "valid",
+        "validation",
         "DIV2K_valid_HR",
         "Rain100L",
         "Rain100H",
@@ -41,7 +45,8 @@ PARTS: dict[Split, tuple[str, ...]] = {
         "rain_data_test_Heavy",
     ),
 }
-"""Folders that hold one part of a set, by the names that the sets give them."""
+"""Folders that hold one part of a set, by the names that the sets give them, whatever their
+capitals."""
 
 _CLEAN_INSIDE = ("HR", "GTmod12", "original_png", "Flickr2K_HR", "image_SRF_4")
 """Where sets that come with degraded copies keep the clean images."""
@@ -75,10 +80,19 @@ def set_name(folder: Path) -> str:
 def part_of(folder: Path, split: Split) -> Path | None:
     """The folder that holds a part of the set in ``folder``: itself or one inside; None if none."""
     for name in ("", *PARTS[split], *_CLEAN_INSIDE):
-        part = folder / name
+        part = _inside(folder, name)
         if _images(part) or holds_pairs(part, split):
             return part
     return None
+
+
+def _inside(folder: Path, name: str) -> Path:
+    """The folder of this name inside, or else one that differs from it in capitals alone."""
+    exact = folder / name
+    if "/" in name or exact.is_dir():
+        return exact
+    alike = (path for path in _folders(folder) if path.name.lower() == name.lower())
+    return next(alike, exact)
 
 
 def clean_images(folder: Path) -> list[Path]:
@@ -108,12 +122,22 @@ def pair_files(folder: Path, split: Split = "test") -> list[PairFiles]:
         return [PairFiles(name="block", input=folder / NOISY, target=folder / CLEAN)]
     if _is_paired(folder):
         return _paired(folder)
+    scenes = _scenes(folder)
     pairs = [
         replace(pair, name=f"{scene.name}-{pair.name}")
-        for scene in _scenes(folder)
+        for scene in scenes
         if _is_paired(scene)
         for pair in _paired(scene)
     ]
+    for scene in scenes if pairs else ():
+        _require_no_half(scene)
+    names = {pair.name: pair for pair in pairs}
+    for pair in pairs:
+        if names[pair.name] is not pair:  # scene a-b with c, scene a with b-c
+            raise SparkirError(
+                f"{pair.target} and {names[pair.name].target} would both be {pair.name!r}; "
+                "rename one of their folders"
+            )
     if not pairs:
         raise SparkirError(
             f"no pairs in {folder}; put degraded images in {folder / 'input'} and clean ones of "
@@ -122,8 +146,28 @@ def pair_files(folder: Path, split: Split = "test") -> list[PairFiles]:
     return pairs
 
 
+def _require_no_half(scene: Path) -> None:
+    """Among scenes that hold pairs, refuse one that holds one side alone.
+
+    Raises:
+        SparkirError: it does.
+    """
+    if _is_paired(scene):
+        return
+    inside = {path.name.lower() for path in _folders(scene)}
+    sides = {side for both in _FOLDERS for side in both} & inside
+    if sides or _images(scene):
+        found = f"only {' and '.join(sorted(sides))}" if sides else "images"
+        raise SparkirError(
+            f"{scene} holds {found}, and no pairs, as the folders beside it do; add what is "
+            "missing or remove it"
+        )
+
+
 def _is_paired(folder: Path) -> bool:
-    return _pair_of_folders(folder) is not None or any(_marked(folder))
+    if _pair_of_folders(folder) is not None:
+        return True
+    return any(_marked(folder)) and any(map(_is_marked_clean, _images(folder)))
 
 
 def _paired(folder: Path) -> list[PairFiles]:
@@ -145,6 +189,11 @@ def _marked(folder: Path) -> Iterator[tuple[Path, str]]:
                 yield path, mark.sub(clean, path.stem)
 
 
+def _is_marked_clean(path: Path) -> bool:
+    """Whether it is marked as a ground truth; without any, `rain-forest.png` is but a name."""
+    return any(clean in path.stem for _, clean in _MARKS)
+
+
 def _partners_by_mark(folder: Path) -> list[PairFiles]:
     clean = {path.stem: path for path in _images(folder)}
     pairs = []
@@ -154,24 +203,34 @@ def _partners_by_mark(folder: Path) -> list[PairFiles]:
                 f"{path} has no partner named {stem!r} in {folder}; add it or remove the file"
             )
         pairs.append(PairFiles(name=stem, input=path, target=clean[stem]))
+    marked = {stem for stem, path in clean.items() if _is_marked_clean(path)}
+    alone = sorted(marked - {pair.name for pair in pairs})
+    if alone:
+        raise SparkirError(
+            f"{clean[alone[0]]} has no degraded partner ({len(alone)} of {len(marked)} have "
+            "none); add it or remove the file"
+        )
     return pairs
 
 
 def _scenes(folder: Path) -> list[Path]:
     """Folders inside that are not the parts of a set: those must never be mixed."""
-    parts = {name for names in PARTS.values() for name in names}
-    return [path for path in _folders(folder) if path.name not in parts]
+    parts = {name.lower() for names in PARTS.values() for name in names}
+    return [path for path in _folders(folder) if path.name.lower() not in parts]
 
 
 def _folders(folder: Path) -> list[Path]:
-    if not folder.is_dir():
-        return []
-    return sorted(p for p in folder.iterdir() if p.is_dir() and not p.name.startswith("."))
+    return [path for path in _listed(folder) if path.is_dir()]
 
 
 def _images(folder: Path) -> list[Path]:
     """As `find_images`, but without a complaint."""
-    if not folder.is_dir():
+    return [p for p in _listed(folder) if p.suffix.lower() in SUFFIXES and not p.is_dir()]
+
+
+def _listed(folder: Path) -> list[Path]:
+    """What lies in a folder and is not hidden; nothing, where that cannot be known."""
+    try:
+        return sorted(path for path in folder.iterdir() if not path.name.startswith("."))
+    except OSError:  # no folder, or `lost+found`
         return []
-    found = (p for p in folder.iterdir() if p.suffix.lower() in SUFFIXES and not p.is_dir())
-    return sorted(p for p in found if not p.name.startswith("."))

@@ -15,7 +15,7 @@ from torch import Tensor
 from sparkir.data.degrade import Degradation, mod_crop
 from sparkir.data.grey import OfGrey, to_grey
 from sparkir.data.images import ImageStore, Progress
-from sparkir.data.matching import PairFiles, checked_scale, partners, size_text
+from sparkir.data.matching import PairFiles, checked_scale, size_text
 from sparkir.data.outputs import OutputStore, loaded
 from sparkir.errors import SparkirError
 
@@ -28,7 +28,7 @@ class PairStore:
     """Pairs of a degraded image (lq) and its ground truth (gt), ``scale`` times larger.
 
     Attributes:
-        names: the stem of each pair's ground truth.
+        names: of the pairs; of one made from files, what its images are called.
         scale: side of gt / side of lq, exactly, for every pair.
         skipped: one message for each file that could not be read.
         identity: files and degradation in one word; "" if degraded images are drawn anew each time.
@@ -44,7 +44,7 @@ class PairStore:
         skipped: Sequence[str] = (),
         identity: str = "",
     ) -> None:
-        """Hold images that fit already; `from_images` and `from_folders` make them fit."""
+        """Hold images that fit already; `from_images` and `from_files` make them fit."""
         assert len(names) == len(gt) > 0
         self.names = tuple(names)
         self.scale = scale
@@ -92,26 +92,6 @@ class PairStore:
             return cls(lq=degradation, **options)
         lq = _degraded(images, degradation, progress)
         return cls(lq=list(lq), identity=lq.folder.name, **options)
-
-    @classmethod
-    def from_folders(
-        cls,
-        input_dir: Path,
-        target_dir: Path,
-        *,
-        scale: int | None = None,
-        cache: Path,
-        skip_broken: bool = False,
-        progress: Progress | None = None,
-    ) -> "PairStore":
-        """Pair the files of two folders that have the same stem; see `from_files`."""
-        return cls.from_files(
-            partners(input_dir, target_dir),
-            scale=scale,
-            cache=cache,
-            skip_broken=skip_broken,
-            progress=progress,
-        )
 
     @classmethod
     def from_files(

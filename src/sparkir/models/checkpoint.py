@@ -3,6 +3,7 @@
 import pickle
 import struct
 from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,12 @@ from torch import Tensor, nn
 from sparkir.data.atomic import atomic_file
 from sparkir.errors import SparkirError
 
-_NESTS = ("params_ema", "params", "state_dict", "model", "net_g")  # in order of preference
+_NESTS = (
+    *("params_ema", "state_dict_ema", "model_ema", "ema"),
+    *("params", "state_dict", "model", "net_g"),
+)
+"""Where the weights may lie, in order of preference: averaged ones come first."""
+_COUNTERS = ("n_averaged",)  # of torch's own average, beside its `module.`
 _PREFIXES = ("module.", "_orig_mod.")  # of DataParallel and of torch.compile
 _LISTED_KEYS = 5
 # What torch.load raises, besides UnpicklingError, for files that are cut off or altered.
@@ -35,18 +41,23 @@ def load_weights(network: nn.Module, path: Path) -> None:
     """Load a checkpoint into a network, all of it or nothing.
 
     Understands ``.safetensors``, and ``.pth``/``.pt`` of tensors, where the weights may lie
-    under ``params_ema``, ``params``, ``state_dict``, ``model`` or ``net_g`` and may carry the
-    prefixes ``module.`` or ``_orig_mod.``. Nothing in the file is executed. A network may have a
-    method ``from_published(state)`` that translates published keys to its own.
+    under ``params_ema``, ``params``, ``state_dict``, ``model`` or ``net_g`` and the like (averaged
+    ones are preferred) and may carry the prefixes ``module.`` or ``_orig_mod.``. Nothing in the
+    file is executed. A network may have a method ``from_published(state)`` that translates
+    published keys to its own.
 
     Raises:
         SparkirError: the file is missing or no checkpoint, its tensors do not fit the network in
-            name or shape, or a value is NaN or infinite. The network is then unchanged.
+            name, shape or kind of number, or a value is NaN or infinite. The network is then
+            unchanged.
     """
     state = read_weights(path)
     translate = getattr(network, "from_published", None)
     if translate is not None:
-        state = translate(state)
+        with suppress(
+            LookupError, RuntimeError
+        ):  # keys or shapes that it expects are not there: a mismatch
+            state = translate(state)
     _require_match(state, network.state_dict(), path)
     network.load_state_dict(state)
 
@@ -72,7 +83,8 @@ def read_checkpoint(path: Path) -> Mapping[str, Any]:
 def require_finite(state: Mapping[str, Tensor], path: Path) -> None:
     """Raise SparkirError, which speaks of `path`, if a value is NaN or infinite."""
     for name, tensor in state.items():
-        if tensor.is_floating_point() and not bool(tensor.isfinite().all()):
+        # Not every float, such as 8-bit ones, can be asked.
+        if tensor.is_floating_point() and not bool(tensor.float().isfinite().all()):
             raise SparkirError(
                 f"{path}: {name} holds NaN or infinite values; "
                 "the training diverged, use an earlier checkpoint"
@@ -156,7 +168,8 @@ def _unreadable(path: Path, error: Exception) -> SparkirError:
 
 def _unnest(content: Mapping[str, Any], path: Path) -> dict[str, Tensor]:
     """Go down to the mapping that holds the tensors."""
-    nest = next((key for key in _NESTS if isinstance(content.get(key), Mapping)), None)
+    filled = (key for key in _NESTS if isinstance(content.get(key), Mapping) and content[key])
+    nest = next(filled, None)
     if nest is not None:
         return _unnest(content[nest], path)
     strangers = [
@@ -170,7 +183,13 @@ def _unnest(content: Mapping[str, Any], path: Path) -> dict[str, Tensor]:
             f"{path} holds {found} where weights by name were expected "
             f"(looked under {', '.join(_NESTS)}); save network.state_dict()"
         )
-    return dict(content)
+    plain = {name: tensor for name, tensor in content.items() if name not in _COUNTERS}
+    for name, tensor in plain.items():
+        if tensor.layout != torch.strided or tensor.is_quantized or tensor.is_meta:
+            raise SparkirError(
+                f"{path}: {name} is no plain tensor; save the weights as dense float32"
+            )
+    return plain
 
 
 def _strip_prefixes(state: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -191,6 +210,11 @@ def _require_match(state: Mapping[str, Tensor], expected: Mapping[str, Tensor], 
         "missing": [name for name in expected if name not in state],
         "unexpected": [name for name in state if name not in expected],
         "of another shape": differing,
+        "of another kind of number": [
+            f"{name} {state[name].dtype} instead of {tensor.dtype}"
+            for name, tensor in expected.items()
+            if name in state and _kind(state[name]) != _kind(tensor)
+        ],
     }
     report = "; ".join(_listed(kind, names) for kind, names in problems.items() if names)
     if report:
@@ -198,6 +222,11 @@ def _require_match(state: Mapping[str, Tensor], expected: Mapping[str, Tensor], 
             f"the weights in {path} are not of this network: {report}. "
             "Check the network's name and its options (scale, width, ...)"
         )
+
+
+def _kind(tensor: Tensor) -> tuple[bool, bool]:
+    """What copying it into another one would lose: fractions, or an imaginary part."""
+    return tensor.is_floating_point(), tensor.is_complex()
 
 
 def _listed(kind: str, names: list[str]) -> str:

@@ -62,16 +62,20 @@ class ModelFacts:
     def __post_init__(self) -> None:
         """Refuse facts that no network can have, before they turn into wrong pictures."""
         for field in ("scale", "size_multiple", "min_size_px", "tile_phase_px"):
-            if getattr(self, field) < 1:
-                raise SparkirError(f"facts of {self.name!r}: {field} must be at least 1")
+            value = getattr(self, field)
+            if type(value) is not int or value < 1:
+                raise SparkirError(f"facts of {self.name!r}: {field} must be a whole number >= 1")
         if self.channels not in (1, 3):
             raise SparkirError(f"facts of {self.name!r}: channels must be 1 (luma) or 3 (RGB)")
         if self.value_range not in (1.0, 255.0):
             raise SparkirError(f"facts of {self.name!r}: value_range must be 1.0 or 255.0")
         if self.luma_range not in ("full", "studio"):
             raise SparkirError(f"facts of {self.name!r}: luma_range must be full or studio")
-        if self.halo_px < 0:
-            raise SparkirError(f"facts of {self.name!r}: halo_px must not be negative")
+        if type(self.halo_px) is not int or self.halo_px < 0:
+            raise SparkirError(f"facts of {self.name!r}: halo_px must be a whole number >= 0")
+        taps: object = self.taps  # a recipe's, perhaps
+        if isinstance(taps, str) or not all(isinstance(tap, str) for tap in self.taps):
+            raise SparkirError(f"facts of {self.name!r}: taps must be a list of submodules' names")
 
 
 def thirds(names: Sequence[str]) -> tuple[str, ...]:

@@ -2,9 +2,10 @@
 
 import importlib
 import inspect
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal, cast, get_args, get_origin
 
 from torch import nn
 
@@ -97,22 +98,35 @@ def _check_options(
             raise SparkirError(
                 f"network {name!r} has no option {option!r}; it has: {', '.join(parameters)}"
             )
-        if parameters[option].annotation is int and not _is_positive_int(value):
+        wanted, is_one = _kind(parameters[option].annotation)
+        if not is_one(value):
             raise SparkirError(
-                f"option {option!r} of network {name!r} must be a whole number >= 1, got {value!r}"
+                f"option {option!r} of network {name!r} must be {wanted}, got {value!r}"
             )
-        if parameters[option].annotation is float and not _is_number(value):
-            raise SparkirError(
-                f"option {option!r} of network {name!r} must be a number, got {value!r}"
-            )
+
+
+def _kind(annotation: object) -> tuple[str, Callable[[object], bool]]:
+    """What an option of this annotation must be, and whether a value is that."""
+    if get_origin(annotation) is Literal:
+        choices = get_args(annotation)
+        return f"one of {', '.join(map(str, choices))}", lambda value: value in choices
+    return _KINDS.get(annotation, ("", lambda _: True))  # lists are checked by their networks
 
 
 def _is_positive_int(value: object) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and value >= 1
+    return type(value) is int and value >= 1
 
 
 def _is_number(value: object) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool)
+    return type(value) in (int, float) and math.isfinite(cast("float", value))
+
+
+_KINDS: dict[object, tuple[str, Callable[[object], bool]]] = {
+    int: ("a whole number >= 1", _is_positive_int),
+    int | None: ("a whole number >= 1", lambda value: value is None or _is_positive_int(value)),
+    float: ("a number", _is_number),
+    bool: ("true or false", lambda value: isinstance(value, bool)),
+}
 
 
 def _build_external(name: str, options: Mapping[str, Any]) -> nn.Module:
@@ -144,6 +158,8 @@ def find_function(name: str, what: str) -> Callable[..., object]:
         SparkirError: there is no such module or function.
     """
     module_name, _, function_name = name.partition(":")
+    if not all(part.isidentifier() for part in (*module_name.split("."), function_name)):
+        raise SparkirError(f"{name!r} is not of the form package.module:function")
     try:
         module = importlib.import_module(module_name)
     except ModuleNotFoundError as error:
@@ -151,8 +167,10 @@ def find_function(name: str, what: str) -> Callable[..., object]:
             f"cannot import {error.name!r} for the {what} {name!r}; "
             "install it or add its folder to PYTHONPATH"
         ) from error
-    except (ValueError, TypeError) as error:  # an empty or relative module name
-        raise SparkirError(f"{name!r} is not of the form package.module:function") from error
+    except (ImportError, SyntaxError) as error:
+        raise SparkirError(
+            f"cannot import {module_name!r} for the {what} {name!r}: {error}; mend the module"
+        ) from error
     function = getattr(module, function_name, None)
     if not callable(function):
         raise SparkirError(f"the module {module_name!r} has no function {function_name!r}")

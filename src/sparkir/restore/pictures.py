@@ -20,7 +20,7 @@ from typing import Any
 import numpy as np
 from PIL import Image, ImageCms
 
-from sparkir.data.codec import one_line
+from sparkir.data.codec import GreyLevels, deep_planes, one_line, raw_mode
 from sparkir.errors import SparkirError
 from sparkir.restore.naming import shown
 
@@ -104,13 +104,14 @@ def read_picture(path: Path, *, max_pixels: int = MAX_PIXELS) -> Picture:
         exif = _kept_exif(image)
         if _is_deep(image) and not image.mode.startswith("I"):
             turn = image.getexif().get(_ORIENTATION, 1)
-            pixels = _read_deep_colour(path, str(image.format))
+            pixels = _read_deep_colour(path, image)
         else:
+            levels = GreyLevels.of(image)
             image.load()
             turn = image.getexif().get(_ORIENTATION, 1)  # a TIFF is upright now, and says so
             if image.mode in ("CMYK", "LAB", "YCbCr", "HSV"):
                 image, icc = _to_srgb(image, icc)
-            pixels = _pixels_of(image, path)
+            pixels = _pixels_of(image, path, levels)
         return Picture(pixels=_turned(pixels, turn), icc=icc, exif=exif, dpi=dpi)
 
 
@@ -142,7 +143,8 @@ def _opened(path: Path, max_pixels: int | None) -> Iterator[Image.Image]:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # of metadata that cannot be parsed
             Image.MAX_IMAGE_PIXELS = None  # the limit is ours
-            with Image.open(path, formats=_FORMATS) as image:
+            # A file, not a path: see `data.codec`.
+            with path.open("rb") as file, Image.open(file, formats=_FORMATS) as image:
                 _require_pixels(image, path, max_pixels)
                 yield image
     except MemoryError as error:
@@ -166,44 +168,35 @@ def _require_pixels(image: Image.Image, path: Path, max_pixels: int | None) -> N
         )
 
 
-def _raw_mode(image: Image.Image) -> str:
-    """How the file stores a pixel, whatever Pillow would make of it, such as `LA;16B`."""
-    tiles = getattr(image, "tile", None)
-    found = tiles[0].args if tiles else ""
-    return str(found if isinstance(found, str) or not found else found[0])
-
-
 def _is_deep(image: Image.Image) -> bool:
     """Whether the file has more than 8 bits in a channel."""
-    return image.mode.startswith("I") or ";16" in _raw_mode(image)
+    return image.mode.startswith("I") or ";16" in raw_mode(image) or deep_planes(image)
 
 
 def _target_mode(image: Image.Image) -> str:
     """The mode in which this file's pixels are restored: L, LA, RGB or RGBA, of 8 or 16 bits."""
-    mode = "LA" if _raw_mode(image).startswith("LA;16") else image.mode
+    mode = "LA" if raw_mode(image).startswith("LA;16") else image.mode
     transparent = "transparency" in image.info or mode in ("LA", "PA", "RGBA", "La", "RGBa")
     grey = mode in ("1", "L", "LA", "La") or mode.startswith("I")
     return ("L" if grey else "RGB") + "A" * transparent
 
 
-def _pixels_of(image: Image.Image, path: Path) -> np.ndarray:
+def _pixels_of(image: Image.Image, path: Path, levels: GreyLevels) -> np.ndarray:
     """(h, w, c) of an image that Pillow reads without loss."""
     if image.mode == "F":
         raise SparkirError(f"{shown(path)} holds floating-point pixels; convert it to 16 bits")
     if image.mode.startswith("I"):
-        return _deep_grey(np.asarray(image), image.info.get("transparency"), path)
+        return _deep_grey(np.asarray(image), image.info.get("transparency"), levels)
     mode = _target_mode(image)
     pixels = np.asarray(image if image.mode == mode else image.convert(mode))
     return pixels[:, :, np.newaxis] if pixels.ndim == 2 else pixels
 
 
-def _deep_grey(grey: np.ndarray, key: object, path: Path) -> np.ndarray:
-    if grey.min() < 0 or grey.max() > 65535:
-        raise SparkirError(f"{shown(path)} holds integers outside 0..65535; convert it to 16 bits")
-    levels = grey.astype(np.uint16)
+def _deep_grey(grey: np.ndarray, key: object, levels: GreyLevels) -> np.ndarray:
+    pixels = levels.read(grey).astype(np.uint16)
     if not isinstance(key, int):
-        return levels[:, :, np.newaxis]
-    return np.dstack([levels, np.where(levels == key, 0, 65535).astype(np.uint16)])
+        return pixels[:, :, np.newaxis]
+    return np.dstack([pixels, np.where(grey == key, 0, 65535).astype(np.uint16)])
 
 
 def _to_srgb(image: Image.Image, icc: bytes) -> tuple[Image.Image, bytes]:
@@ -222,16 +215,18 @@ def _to_srgb(image: Image.Image, icc: bytes) -> tuple[Image.Image, bytes]:
     return converted, ImageCms.ImageCmsProfile(srgb).tobytes()
 
 
-def _read_deep_colour(path: Path, kind: str) -> np.ndarray:
+def _read_deep_colour(path: Path, image: Image.Image) -> np.ndarray:
+    if image.mode not in ("RGB", "RGBA", "RGBX", "LA", "La", "RGBa"):
+        raise SyntaxError(f"it is {image.mode} of 16 bits, which is not read; convert it to RGB")
     pyvips = require("pyvips", f"{shown(path)} has 16-bit colour")
-    loader = {"PNG": pyvips.Image.pngload, "TIFF": pyvips.Image.tiffload}[kind]
+    loader = {"PNG": pyvips.Image.pngload, "TIFF": pyvips.Image.tiffload}[str(image.format)]
     try:
         pixels: np.ndarray = loader(str(path), access="sequential", fail_on="error").numpy()
     except pyvips.Error as error:
         raise SyntaxError(one_line(error)) from error
     if pixels.dtype != np.uint16 or pixels.ndim != 3:
         raise SyntaxError(f"its pixels are {pixels.dtype}")
-    return pixels
+    return pixels[..., : len(_target_mode(image))]  # a band of no stated meaning is left out
 
 
 def require(package: str, what: str) -> Any:  # noqa: ANN401 - a module
