@@ -39,7 +39,7 @@ from sparkir.quant.equalize import equalize
 from sparkir.quant.prepare import prepare
 from sparkir.quant.spec import QuantSpec
 from sparkir.recipe import Data, Network, Recipe, WeightingChoice, from_values, shipped
-from sparkir.spark.weighting import Weighting, options_of, weighting
+from sparkir.spark.weighting import ONE_IMAGE, Weighting, options_of, weighting
 
 Report = Callable[[dict[str, Any]], None]
 _CALIBRATION_SEED = 7_919
@@ -348,6 +348,8 @@ def gather(recipe: Recipe, report: Report = silent) -> Materials:
         SparkirError: whatever would stop the run later, as far as it can be known now.
     """
     weighting_of(recipe.weighting)
+    if recipe.weighting.name == "spark-paper" and recipe.data.batch == 1:
+        raise SparkirError(f"data.batch = 1: {ONE_IMAGE}")
     _require_weights(recipe)
     for message in _doubts(recipe):
         report({"kind": "warning", "message": message})

@@ -1,5 +1,6 @@
 import copy
 import inspect
+import math
 import statistics
 import subprocess
 import sys
@@ -7,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from torch import nn, optim
+from torch import Tensor, nn, optim
 
 from sparkir import Spark, SparkirError
 from sparkir.spark.distance import MAPS, shared_maps
@@ -154,11 +155,65 @@ class TestRandomness:
         spark.learn()
         assert torch.equal(torch.rand(5), expected)
 
+    def test_making_one_draws_nothing_of_yours(self):
+        torch.manual_seed(5)
+        first = published(seed=3).state_dict()
+        drawn = torch.rand(3)
+        torch.manual_seed(5)
+        assert torch.equal(torch.rand(3), drawn)
+        torch.manual_seed(6)  # its policy begins by its own seed
+        again, other = published(seed=3).state_dict(), published(seed=4).state_dict()
+        name = "weighting.policy.body.0.weight"
+        assert torch.equal(first[name], again[name])
+        assert not torch.equal(first[name], other[name])
+
     def test_draws_differ_from_call_to_call_and_by_seed(self, images):
-        spark, other = published(), published(seed=1)
-        maps = [s.weigh(*images)[1] for s in (spark, spark, other)]
-        assert not torch.equal(maps[0], maps[1])
-        assert not torch.equal(maps[0], maps[2])
+        """And those of a seed are not its neighbour's, a step later."""
+        maps = [
+            spark.weigh(*images)[1]
+            for spark in (Spark("random", distance="l1", seed=seed) for seed in (0, 1, 2))
+            for _ in range(3)
+        ]
+        assert len({tuple(one.flatten().tolist()) for one in maps}) == 9
+
+    @pytest.mark.parametrize("make", [Spark, published], ids=["spark", "spark-paper"])
+    @pytest.mark.parametrize("without", [torch.no_grad, torch.inference_mode])
+    def test_a_look_without_gradients_teaches_nothing(self, images, make, without):
+        """Between `weigh` and `learn`, at another size, as a validation would be."""
+        looked, other = make(), make()
+        for spark in (looked, other):
+            for step in range(3):
+                student = images[0].clone().requires_grad_()
+                kd, _ = spark.weigh(student, *images[1:])
+                if spark is looked:
+                    with without():
+                        spark.weigh(*(image[:1, :, :8, :8] for image in images))
+                kd.backward()
+                told = spark.learn()
+                assert (told is not None) == (step == 0)
+        for name, value in other.weighting.named_parameters():
+            assert torch.equal(value, looked.weighting.get_parameter(name))
+        for name, value in other.weighting.named_buffers():
+            assert torch.equal(value, looked.weighting.get_buffer(name))
+
+    @pytest.mark.parametrize("make", [Spark, published], ids=["spark", "spark-paper"])
+    def test_stays_in_single_precision_in_a_module_that_does_not(self, images, make):
+        for change in ("half", "bfloat16", "double"):
+            spark = make()
+            before = spark.state_dict()
+            getattr(nn.ModuleDict({"spark": spark}), change)()
+            spark.weigh(*images)
+            assert spark.learn() is not None
+            assert {v.dtype for v in before.values() if isinstance(v, Tensor)} == {torch.float32}
+            assert all(p.dtype == torch.float32 for p in spark.parameters())
+
+    def test_of_two_outputs_the_last_is_judged_by_its_own_factor(self, images):
+        spark = published()
+        student = images[0].clone().requires_grad_()
+        first, _ = spark.weigh(student, *images[1:])
+        last, _ = spark.weigh(student, *images[1:])
+        (0.1 * first + 2 * last).backward()
+        assert float(spark._factor) == 2
 
 
 def train(student, optimizer, spark, batch, *, steps, learn):
@@ -584,8 +639,12 @@ class TestMistakes:
             Spark().weigh(student[..., 1:], teacher, target)
 
     def test_white_level(self, images):
-        with pytest.raises(SparkirError, match=r"white is 1; say Spark\(value_range=255\)"):
+        with pytest.raises(SparkirError, match=r"target's .* white is 1; say Spark\(value_range"):
             Spark().weigh(*(255 * image for image in images))
+        with pytest.raises(SparkirError, match="the teacher's output's values reach from"):
+            Spark().weigh(images[0], 255 * images[1], images[2])
+        with pytest.raises(SparkirError, match="white is 255; say"):
+            Spark(value_range=255.0).weigh(*images)
 
     def test_one_image_without_a_batch(self, images):
         with pytest.raises(SparkirError, match=r"batch of images .* got 3 dim.* image\[None\]"):
@@ -622,6 +681,43 @@ class TestMistakes:
         with pytest.raises(SparkirError, match="the training has diverged"):
             spark.learn(optim.SGD([student], lr=1.0), lambda: student * float("nan"))
 
+    def test_learn_after_the_gradients_are_gone(self, images):
+        student = images[0].clone().requires_grad_()
+        optimizer = optim.SGD([student], lr=1.0)
+        spark = published()
+        kd, _ = spark.weigh(student, *images[1:])
+        kd.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        with pytest.raises(SparkirError, match="finds no gradients in its optimizer"):
+            spark.learn(optimizer, lambda: student)
+
+    def test_a_batch_of_one_with_nothing_to_compare(self, images):
+        spark = published(distance="l1")
+        spark.weigh(*(image[:1] for image in images))
+        with pytest.raises(SparkirError, match="make batches of two or more"):
+            spark.learn()
+
+    def test_an_empty_batch(self, images):
+        with pytest.raises(SparkirError, match="empty batch"):
+            Spark().weigh(*(image[:0] for image in images))
+
+    def test_a_distance_that_is_no_map(self, images):
+        with pytest.raises(SparkirError, match="must return a map"):
+            Spark("uniform", distance=nn.L1Loss()).weigh(*images)
+
+    @pytest.mark.parametrize("strength", [-1.0, math.nan, math.inf])
+    def test_strength(self, strength):
+        with pytest.raises(SparkirError, match="give a number >= 0"):
+            Spark(strength=strength)
+
+    def test_learn_is_forgotten(self, images):
+        spark, control = Spark(), Spark("uniform")
+        with pytest.warns(UserWarning, match=r"spark.learn\(\) is to be called once a step"):
+            for _ in range(120):
+                spark.weigh(*images)
+                control.weigh(*images)
+
     def test_controls_have_nothing_to_learn(self, images):
         spark = Spark("constant", value=0.5)
         spark.weigh(*images)
@@ -643,3 +739,4 @@ def test_two_processes_have_one_policy(tmp_path, preset):
         same = torch.equal(value, second[name])
         assert same != name.startswith("own."), name
     assert first["moved.policy"] > 0
+    assert first["steps.without"].tolist() == [1, 2, 3, 5]  # at 2, one of the two has overflowed

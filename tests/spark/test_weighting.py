@@ -7,6 +7,7 @@ import pytest
 import torch
 from torch.distributions import Normal
 
+from sparkir.errors import SparkirError
 from sparkir.spark.difficulty import FEATURES, Standardize, difficulty_maps, rightness
 from sparkir.spark.trust import Trust
 from sparkir.spark.weighting import (
@@ -327,10 +328,16 @@ class TestSparkPaper:
         assert sigmas[0.0] == pytest.approx(0.2)
         assert sigmas[-0.01] < 0.199 < 0.201 < sigmas[0.01]
 
-    def test_one_image_gives_no_advantage_and_no_nan(self, images):
+    def test_one_image_has_nothing_to_be_compared_with(self, images):
         spark = SparkPaper().train()
         spark(*(x[:1] for x in images))
-        assert spark.learn(torch.tensor([0.3]))["advantage_max"] == 0
+        with pytest.raises(SparkirError, match="there is only one; make batches of two or more"):
+            spark.learn(torch.tensor([0.3]))
+
+    def test_equal_rewards_give_no_advantage_and_no_nan(self, images):
+        spark = SparkPaper().train()
+        spark(*(x[:2] for x in images))
+        assert spark.learn(torch.tensor([0.3, 0.3]))["advantage_max"] == 0
         assert (spark.eval()(*images) == 0.5).all()
 
     def test_learning_before_a_draw_is_a_programming_error(self):

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import hashlib
+import math
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
@@ -24,7 +27,8 @@ from sparkir.spark.distance import MAPS, Distance, shared_maps
 from sparkir.spark.reward import reward
 from sparkir.spark.weighting import Weighting, weighting, weightings
 
-_SEEDS_PER_RANK = 1 << 32
+_IDLE = 100
+"""Batches that are weighed without a call of `learn` before a warning says so."""
 
 _STRENGTHS = {"spark": 10.0}
 """Of a preset whose weights leave a rest, which goes to the truth; of all others 1."""
@@ -79,11 +83,16 @@ class Spark(nn.Module):
             options: the preset's own, such as `reward_every=8`.
 
         Raises:
-            SparkirError: a preset, a distance or an option that does not exist.
+            SparkirError: a preset, a distance or an option that does not exist, or a strength that
+                is no number >= 0.
         """
         super().__init__()
-        self.weighting: Weighting = _source(preset, options)
+        with torch.random.fork_rng([]):  # a policy begins with random weights, by its own seed
+            torch.default_generator.manual_seed(seed)
+            self.weighting: Weighting = _source(preset, options)
         self.distance = _chosen_distance(distance)
+        if strength is not None and not 0 <= strength < math.inf:
+            raise SparkirError(f"Spark(strength={strength!r}): give a number >= 0")
         self.strength = _STRENGTHS.get(preset, 1.0) if strength is None else strength
         self.pulls_to_truth = preset in _STRENGTHS
         self.value_range, self.seed = value_range, seed
@@ -112,13 +121,16 @@ class Spark(nn.Module):
             `spark` strength * mean(W * distance + (1 - W) * distance of student and target).
 
         Raises:
-            SparkirError: the three differ in shape, or lie outside the range they should have.
+            SparkirError: the three differ in shape, or there are none, or, on the first call, the
+                teacher's or the target's values lie outside the range they should have.
         """
         if not student_out.shape == teacher_out.shape == target.shape:
             raise SparkirError(
                 "spark.weigh compares images of one shape (B, C, H, W), but got "
                 f"{tuple(student_out.shape)}, {tuple(teacher_out.shape)}, {tuple(target.shape)}"
             )
+        if student_out.numel() == 0:
+            raise SparkirError("spark.weigh got an empty batch; leave it out")
         if student_out.dim() != 4:
             raise SparkirError(
                 f"spark.weigh wants a batch of images (B, C, H, W), but got {student_out.dim()} "
@@ -131,29 +143,45 @@ class Spark(nn.Module):
     def _weigh(
         self, student_out: Tensor, teacher_out: Tensor, target: Tensor
     ) -> tuple[Tensor, Tensor]:
+        learning = self.training and torch.is_grad_enabled()
         if self._draws == 0:
-            self._check_range(target)
-            replicas.share(self.weighting)
+            for what, image in (("target", target), ("teacher's output", teacher_out)):
+                self._check_range(what, image)
+        if learning:
+            self._begin()
         with torch.autocast(student_out.device.type, enabled=False):
             student, teacher, truth = (
                 self._unit(image) for image in (student_out, teacher_out.detach(), target.detach())
             )
-            with self._own_generator(student.device):
+            with self._own_generator(student.device), _learning(self.weighting, learning):
                 weights = self.weighting(student.detach(), teacher, truth)
             loss = self.strength * self._distances(weights, student, teacher, truth)
-        if torch.is_grad_enabled() and self._is_due():
-            self._seen, self._factor = Seen(student.detach(), teacher, truth, weights), None
+        if learning and self._is_due():
+            seen = Seen(student.detach(), teacher, truth, weights)
+            self._seen, self._factor = seen, None
             if loss.requires_grad:
-                loss.register_hook(self._remember_factor)
+                loss.register_hook(partial(self._remember_factor, seen))
         return loss, weights
+
+    def _begin(self) -> None:
+        """Count a batch that is learned from; before the first, be one policy everywhere."""
+        if self._draws == 0:
+            replicas.share(self.weighting)
+        self._draws += 1
+        if self._draws == _IDLE and self._steps == 0 and self._is_due():
+            warnings.warn(
+                f"{_IDLE} batches were weighed, and the policy learns nothing: spark.learn() is to "
+                "be called once a step",
+                stacklevel=5,
+            )
 
     def _distances(
         self, weights: Tensor, student: Tensor, teacher: Tensor, truth: Tensor
     ) -> Tensor:
         """mean(W * distance), and with `spark` of the truth with what W leaves."""
         if not self.pulls_to_truth:
-            return weighted(weights, self.distance(student, teacher))
-        to_teacher, to_truth = shared_maps(self.distance, student, teacher, truth)
+            return weighted(weights, _map(self.distance(student, teacher)))
+        to_teacher, to_truth = map(_map, shared_maps(self.distance, student, teacher, truth))
         return weighted(weights, to_teacher) + weighted(1 - weights, to_truth)
 
     def learn(
@@ -201,7 +229,8 @@ class Spark(nn.Module):
             return None
         if seen is None:
             raise SparkirError("spark.learn has nothing to learn from; call spark.weigh before it")
-        self._overflows = 0 if bool(seen.student.isfinite().all()) else self._overflows + 1
+        fine = replicas.everywhere(seen.student.isfinite().all())
+        self._overflows = 0 if fine else self._overflows + 1
         if self._overflows == 1:  # may be half precision's; a second time, it is not
             return None
         source = self.weighting
@@ -215,7 +244,12 @@ class Spark(nn.Module):
                 "spark.learn(optimizer, student, lq) stands behind loss.backward() and before "
                 "optimizer.step(); without student and batch, call spark.learn()"
             )
-        if not _finite(optimizer):
+        if not any(p.grad is not None for p in _parameters(optimizer)):
+            raise SparkirError(
+                "spark.learn finds no gradients in its optimizer; call it between loss.backward() "
+                "and optimizer.step(), with the optimizer of the student"
+            )
+        if not replicas.everywhere(_finite(optimizer)):
             return None
         module = student if isinstance(student, nn.Module) else None
         outputs = steps_of_the_student(
@@ -238,7 +272,7 @@ class Spark(nn.Module):
     def _learn(
         self, learn: Callable[[], dict[str, float]], found: Tensor, what: str
     ) -> dict[str, float]:
-        if not bool(found.isfinite().all()):
+        if not replicas.everywhere(found.isfinite().all()):
             raise SparkirError(
                 f"the {what} is {found.mean().item()}: the training has diverged; lower the "
                 "learning rate or clip the gradients"
@@ -251,17 +285,17 @@ class Spark(nn.Module):
         source, step = self.weighting, self._steps
         return self.training and (source.learns_at(step) or source.compares_at(step))
 
-    def _remember_factor(self, gradient: Tensor) -> None:
+    def _remember_factor(self, seen: Seen, gradient: Tensor) -> None:
         """What the loss was multiplied by on its way: accumulation, gradient scaling."""
-        self._factor = gradient.detach()
+        if seen is self._seen:
+            self._factor = gradient.detach()
 
     def _unit(self, image: Tensor) -> Tensor:
         return image.float() / self.value_range
 
     @contextmanager
     def _own_generator(self, device: torch.device) -> Iterator[None]:
-        seed = self.seed + self._draws + _SEEDS_PER_RANK * replicas.rank()
-        self._draws += 1
+        seed = _seed_of(self.seed, replicas.rank(), self._draws)
         on_gpu = device.type == "cuda"
         with torch.random.fork_rng([device] if on_gpu else []):
             torch.default_generator.manual_seed(seed)  # torch's own function would seed all devices
@@ -270,15 +304,27 @@ class Spark(nn.Module):
                     torch.cuda.manual_seed(seed)
             yield
 
-    def _check_range(self, target: Tensor) -> None:
+    def _check_range(self, what: str, image: Tensor) -> None:
         """A wrong white level trains, and trains the wrong thing."""
-        low, high = map(float, target.detach().aminmax())
-        if min(low, self.value_range - high) < -0.5 * self.value_range:
+        low, high = map(float, image.detach().aminmax())
+        white = self.value_range
+        if min(low, white - high) < -0.5 * white or (white > 1 and low >= 0 and 0 < high <= 1):
             raise SparkirError(
-                f"the target's values reach from {low:g} to {high:g}, but white is "
-                f"{self.value_range:g}; "
-                "say Spark(value_range=255), or bring the images to [0, 1]"
+                f"the {what}'s values reach from {low:g} to {high:g}, but white is {white:g}; "
+                "say Spark(value_range=...), 1 or 255, or bring the images to it"
             )
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Spark:
+        """Go where the module that holds it goes, and stay in single precision."""
+
+        def moved(tensor: Tensor) -> Tensor:
+            new = fn(tensor)
+            return new if new.dtype == tensor.dtype else tensor.to(new.device)
+
+        super()._apply(moved, recurse)
+        if isinstance(optimizer := getattr(self.weighting, "optimizer", None), optim.Optimizer):
+            optimizer.load_state_dict(optimizer.state_dict())  # it follows its parameters
+        return self
 
     def get_extra_state(self) -> dict[str, int]:
         """How far it is, so that a resumed training draws what it would have drawn."""
@@ -287,6 +333,32 @@ class Spark(nn.Module):
     def set_extra_state(self, state: dict[str, int]) -> None:
         """Go on where the state was saved."""
         self._steps, self._draws = state["steps"], state["draws"]
+
+
+@contextmanager
+def _learning(source: Weighting, learning: bool) -> Iterator[None]:
+    """Let a source follow what it sees, or not: without gradients nothing is trained."""
+    before = source.training
+    source.train(learning and before)
+    try:
+        yield
+    finally:
+        source.train(before)
+
+
+def _seed_of(*numbers: int) -> int:
+    """A seed that has nothing to do with those of neighbouring numbers."""
+    digest = hashlib.sha256(repr(numbers).encode()).digest()
+    return int.from_bytes(digest[:8]) >> 1
+
+
+def _map(distance: Tensor) -> Tensor:
+    if distance.dim() != 4:
+        raise SparkirError(
+            f"the distance gives {distance.dim()} dimensions; it must return a map (B, any, any, "
+            'any), to be weighted, such as (student - teacher).abs(), or be a name such as "l1"'
+        )
+    return distance
 
 
 def _source(preset: str, options: dict[str, int | float]) -> Weighting:
@@ -306,6 +378,10 @@ def _chosen_distance(distance: str | Distance) -> Distance:
     return MAPS[distance]
 
 
-def _finite(optimizer: optim.Optimizer) -> bool:
-    gradients = [p.grad for group in optimizer.param_groups for p in group["params"]]
-    return all(bool(g.isfinite().all()) for g in gradients if g is not None)
+def _parameters(optimizer: optim.Optimizer) -> list[Tensor]:
+    return [p for group in optimizer.param_groups for p in group["params"]]
+
+
+def _finite(optimizer: optim.Optimizer) -> Tensor:
+    gradients = [p.grad for p in _parameters(optimizer) if p.grad is not None]
+    return torch.stack([g.isfinite().all() for g in gradients]).all()

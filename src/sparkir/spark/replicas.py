@@ -35,6 +35,15 @@ def share(module: nn.Module) -> None:
             dist.broadcast(tensor, src=0)
 
 
+@torch.no_grad()
+def everywhere(flag: Tensor) -> bool:
+    """Whether something holds in every process: what only some of them skip would part them."""
+    if several():
+        flag = flag.to(torch.uint8)
+        dist.all_reduce(flag, op=dist.ReduceOp.MIN)
+    return bool(flag)
+
+
 @contextmanager
 def averaged(module: nn.Module) -> Iterator[None]:
     """Steps of the module's own optimizers use gradients averaged over the processes.

@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn, optim
 
+from sparkir.errors import SparkirError
 from sparkir.spark.batch import normal, of_all
 from sparkir.spark.difficulty import (
     FEATURES,
@@ -137,6 +138,12 @@ class Confidence(Weighting):
         return (-10 * error).exp().clamp(0.10, 0.75)
 
 
+ONE_IMAGE = (
+    "spark-paper learns by comparing the images of a batch, and there is only one; "
+    "make batches of two or more"
+)
+
+
 class SparkPaper(Weighting):
     """SPARK as published (arXiv 2606.15243), REINFORCE on the 8 x 8 grid.
 
@@ -201,6 +208,8 @@ class SparkPaper(Weighting):
             return self._reinforce(self._action.of_all(), of_all(reward))
 
     def _reinforce(self, action: Action, reward: Float[Tensor, " b"]) -> dict[str, float]:
+        if reward.numel() == 1:
+            raise SparkirError(ONE_IMAGE)
         reward = reward.double()  # equal float32 rewards may differ from their rounded mean
         deviation = reward.std(unbiased=False)
         advantage = (reward - reward.mean()) / (deviation + 1e-8)
