@@ -59,7 +59,8 @@ def take_up(
         for name, where in sets_of(whole, tests).items():
             if found := scores[name, seed, method]:
                 values = {"method": method, "seed": seed, "set": name, "where": where}
-                _write(folder / "scores" / f"{name}.json", values | {"lpips": "", "scores": found})
+                values |= {"content": comparison["images"][name], "lpips": "", "scores": found}
+                _write(folder / "scores" / f"{name}.json", values)
 
 
 Scores = dict[str, list[dict[str, str | float | None]]]

@@ -33,7 +33,7 @@ from sparkir.data.codec import one_line
 from sparkir.data.inventory import recognise, take_inventory
 from sparkir.data.layouts import holds_pairs
 from sparkir.data.pairs import PairStore
-from sparkir.deploy.bench import measure, require_sizes
+from sparkir.deploy.bench import fitting, measure, require_sizes
 from sparkir.deploy.card import Card, read_card
 from sparkir.deploy.contenders import (
     Contender,
@@ -284,6 +284,7 @@ def bench_model(model: str, plan: Plan, report: Report) -> Benchmark:
             cannot take images of a size in the plan.
     """
     material = _benchable(Path(model))
+    plan = fitting(plan, material.facts)
     require_sizes(plan.sizes_px, material.facts)
     threads = torch.get_num_threads()
     with tempfile.TemporaryDirectory() as folder:

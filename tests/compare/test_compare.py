@@ -709,6 +709,23 @@ def test_images_that_were_changed_between_two_scorings(copied):
     assert "kd and qat were scored on different images" in said.err
 
 
+def test_pixels_that_were_changed_between_two_scorings(copied):
+    save_image(copied / "test/d.png", photo(40, 48, 77))
+    shutil.rmtree(copied / "made/seed-0/kd/scores")
+    said = call(*TO_COMPARE)
+    assert said.code == 1
+    assert "the images of test have changed since some methods were scored; delete" in said.err
+    for file in copied.glob("made/seed-*/*/scores/test.json"):
+        file.unlink()
+    assert call(*TO_COMPARE).code == 0
+
+
+def test_an_unfinished_comparison_says_what_of_it_is_done(compared):
+    """For whoever follows it."""
+    for cell in cells(compared):
+        assert read_events(cell / "events.jsonl")[-1]["kind"] == "done"
+
+
 def test_names_of_test_sets():
     recipe = load("demo")
     assert sets_of(recipe, ["Set5=a/b=c"]) == {

@@ -228,6 +228,7 @@ def test_a_method_brings_along_what_it_needs(recipe):
         ("fixed:student_eror", "did you mean 'fixed:student_error'?"),
         ("kd-mse@0", "unknown method 'kd-mse@0'"),
         ("kd-mse@-1", "unknown method 'kd-mse@-1'"),
+        (f"kd@{'9' * 400}", "unknown method 'kd@999"),
         ("xyzzy", "known: degraded, teacher, float, ptq, qat"),
         (",", "--methods names no method"),
     ],
@@ -236,6 +237,12 @@ def test_names_that_are_none(recipe, given, says):
     with pytest.raises(SparkirError, match="method") as error:
         choose(given, recipe)
     assert says in str(error.value)
+
+
+def test_once_is_not_another_method(recipe):
+    assert names("kd@1,kd,kd-matched@1.0,kd-mse@1,truth@1", recipe) == [
+        *("truth@1", "kd", "kd-mse@1", "kd-matched")
+    ]
 
 
 def test_a_recipe_without_a_teacher(recipe):

@@ -12,7 +12,7 @@ import torch
 from exported import Deployed, deploy, images
 from torch import nn
 
-from sparkir.deploy.bench import cores, interleaved, measure, plan_of, require_sizes
+from sparkir.deploy.bench import cores, fitting, interleaved, measure, plan_of, require_sizes
 from sparkir.deploy.card import Card
 from sparkir.deploy.contenders import (
     Contender,
@@ -244,6 +244,13 @@ def test_sizes_that_the_network_cannot_take():
         require_sizes([(24, 32), (24, 30)], facts)
     with pytest.raises(SparkirError, match=r"give --size 24x24"):
         require_sizes([(8, 16)], facts)
+
+
+def test_default_sizes_are_made_to_fit_and_a_users_are_not():
+    facts = replace(FACTS, size_multiple=16)
+    assert fitting(plan_of([], repeats=1, threads=1), facts).sizes_px == ((192, 320), (544, 960))
+    own = plan_of(["180x320"], repeats=1, threads=1)
+    assert fitting(own, facts) == own
 
 
 # Real runtimes --------------------------------------------------------------------------------

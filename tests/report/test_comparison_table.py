@@ -126,6 +126,15 @@ def test_the_best_strength_is_marked_and_a_single_one_is_not():
     assert [x.best_of_family for x in lines_of([QAT, failed, STRONG], baseline="qat")] == [0, 0, 0]
 
 
+def test_the_best_is_one_of_its_kind_and_of_as_many_trainings():
+    half = replace(STRONG, scores={0: scores([40.0, 40.0])[0]})  # one seed, an easy one
+    assert [x.best_of_family for x in lines_of([QAT, KD, half], baseline="qat")] == [0, 0, 0]
+    truth = replace(STRONG, name="truth", scores=scores([40.0, 40.0], [40.0, 40.0]))
+    once, more = replace(KD, name="truth@1"), replace(STRONG, name="truth@20")
+    found = lines_of([QAT, truth, once, more], baseline="qat")
+    assert [x.best_of_family for x in found] == [0, 0, 1, 0]
+
+
 # As text --------------------------------------------------------------------------------------
 
 

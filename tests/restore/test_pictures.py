@@ -170,6 +170,49 @@ def test_black_and_white(tmp_path):
     assert read_picture(tmp_path / "a.png").pixels.tolist() == [[[255], [0]]]
 
 
+@pytest.mark.parametrize("mode", ["L", "RGB", "RGBA", "CMYK", "I;16"])
+def test_a_turned_tiff_is_not_scrambled(tmp_path, mode):
+    """Uncompressed, which Pillow would map by the turned size; its resolution turns as well."""
+    if mode == "I;16":
+        image = Image.fromarray(random_pixels(1, np.uint16)[..., 0])
+    else:
+        image = Image.fromarray(random_pixels(3, np.uint8)).convert(mode)
+    exif = camera_exif(6)
+    image.save(tmp_path / "raw.tif", exif=exif, dpi=(300, 150))
+    image.save(tmp_path / "packed.tif", exif=exif, compression="tiff_lzw")
+    read = read_picture(tmp_path / "raw.tif")
+    np.testing.assert_array_equal(read.pixels, read_picture(tmp_path / "packed.tif").pixels)
+    assert read.pixels.shape[:2] == image.size
+    assert read.dpi == (150, 300)
+
+
+def test_16_bits_that_pillow_or_libvips_would_misread(tmp_path):
+    tifffile, _ = pytest.importorskip("tifffile"), pytest.importorskip("pyvips")
+    colour = random_pixels(3, np.uint16)
+    planes = colour.transpose(2, 0, 1)
+    tifffile.imwrite(tmp_path / "a.tif", planes, photometric="rgb", planarconfig="separate")
+    np.testing.assert_array_equal(read_picture(tmp_path / "a.tif").pixels, colour)
+    assert read_header(tmp_path / "a.tif").itemsize == 2
+    tifffile.imwrite(tmp_path / "b.tif", colour[..., 0], photometric="miniswhite")
+    np.testing.assert_array_equal(read_picture(tmp_path / "b.tif").pixels, 65535 - colour[..., :1])
+    tifffile.imwrite(tmp_path / "c.tif", random_pixels(4, np.uint16), photometric="separated")
+    with pytest.raises(SparkirError, match="it is CMYK of 16 bits, which is not read; convert"):
+        read_picture(tmp_path / "c.tif")
+    unnamed = random_pixels(4, np.uint16)
+    tifffile.imwrite(tmp_path / "d.tif", unnamed, photometric="rgb", extrasamples=["unspecified"])
+    np.testing.assert_array_equal(read_picture(tmp_path / "d.tif").pixels, unnamed[..., :3])
+
+
+@pytest.mark.parametrize("suffix", [".webp", ".tif"])
+def test_a_profile_of_grey_does_not_go_with_colour(tmp_path, suffix):
+    dtype = np.uint8 if suffix == ".webp" else np.uint16
+    grey = bytes(16) + b"GRAY" + bytes(108)
+    picture = Picture(pixels=random_pixels(2, dtype), icc=grey)
+    write_picture(tmp_path / f"a{suffix}", picture, MARK)
+    with Image.open(tmp_path / f"a{suffix}") as image:
+        assert not image.info.get("icc_profile")
+
+
 def test_cmyk_without_a_profile(tmp_path):
     image = Image.new("CMYK", (3, 2), (255, 0, 0, 0))
     image.save(tmp_path / "a.tif")

@@ -252,7 +252,8 @@ def _made(
             )
         except Diverged as error:
             return result | {"failed": str(error).partition(";")[0]}
-    save_student(recipe, trained.student, _student_file(cell))
+        save_student(recipe, trained.student, _student_file(cell))
+        log({"kind": "done"})
     result["remark"] = trained.remark
     events = read_events(cell.folder / "events.jsonl")
     record = record_of(events)
@@ -321,6 +322,7 @@ def score(
         "seed": cell.seed,
         "set": name,
         "where": where,
+        "content": pairs.content,
         "convention": convention.label,
         "lpips": lpips.words if lpips.metric else "",
         "scores": scores,

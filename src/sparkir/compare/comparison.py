@@ -43,7 +43,7 @@ def compare(
         recipe: what all methods share; its own method is one of them only if it is named.
         folder: a new one, or that of an earlier call with the same recipe, whose finished cells
             are taken as they are.
-        methods: the rows, as `sparkir.methods.choose` gives them.
+        methods: the rows, as `compare.methods.choose` gives them.
         seeds: how many; the first is the recipe's.
         baseline: the method that differences are taken to.
         more_sets: `NAME=DIR` of test sets besides the recipe's own.

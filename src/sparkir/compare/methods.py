@@ -252,10 +252,13 @@ def find(name: str, recipe: Recipe) -> Method:
     """
     if name in ("constant", "random"):
         name = f"{name}:{_own_spark(recipe)}"
-    found = _STRENGTH_NAME.fullmatch(name)
-    if found and float(found[2]) > 0:
-        return _at_strength(found[1], float(found[2]))
     known = methods()
+    found = _STRENGTH_NAME.fullmatch(name)
+    if found and 0 < float(found[2]) < float("inf"):
+        family, strength = found[1], float(found[2])
+        if strength == 1 and family in known and family != "truth":  # the recipe's own, that is
+            return known[family]
+        return _at_strength(family, strength)
     if name not in known:
         raise SparkirError(_unknown("method", name, [*known, "constant", "random", "all"]))
     return known[name]

@@ -61,6 +61,8 @@ def tabulate(
         SparkirError: the cells of a seed did not see the same data.
     """
     _require_same_data(cells)
+    for name in sets:
+        _require_same_images(cells, name)
     recipe = cells[0].base
     notes = _common_notes(recipe, methods, cells, baseline, failures)
     tables = []
@@ -92,6 +94,21 @@ def _require_same_data(cells: Sequence[Cell]) -> None:
                 f"cannot be compared: {', '.join(sorted(orders))}. Other versions of sparkir made "
                 "some of them; choose another --out to make all again"
             )
+
+
+def _require_same_images(cells: Sequence[Cell], test_set: str) -> None:
+    """Check that all were scored on the same pixels; of older scores it is not known."""
+    if len(_contents(cells, test_set)) > 1:
+        raise SparkirError(
+            f"the images of {test_set} have changed since some methods were scored; delete the "
+            f"comparison's seed-*/*/scores/{test_set}.json to score all again"
+        )
+
+
+def _contents(cells: Sequence[Cell], test_set: str) -> list[str]:
+    """The hashes of the pixels that these cells were scored on: one, if all is well."""
+    scores = (cell.scores(test_set) or {} for cell in cells)
+    return sorted({found["content"] for found in scores if "content" in found})
 
 
 def _entry(method: Method, own: Sequence[Cell], cells: Sequence[Cell], test_set: str) -> Entry:
@@ -144,10 +161,16 @@ def _statistics_notes(lines: Sequence[Line], title: str, baseline: str) -> list[
             f"ONE seed: their bootstrap 95 % intervals are over {base.images} images alone and say "
             "nothing of other trainings"
         )
+        if base.images == 1:
+            intervals = "ONE seed and image: there is no interval"
     else:
         intervals = (
             f"their bootstrap 95 % intervals resample {base.seeds} seeds and {base.images} images"
         )
+    infinite = [x.label for x in lines if x.psnr_db == float("inf")]
+    if infinite:
+        whole = ", ".join(infinite)
+        intervals += f"; no difference of {whole}: an image without an error has an infinite PSNR"
     marked = [line.label for line in lines if line.best_of_family]
     best = [f"{MARK} the best of its strengths on these images."] if marked else []
     return [f"{paired}; {intervals}.", *best]
@@ -168,7 +191,8 @@ def _common_notes(
     ]
     by_clock = any(_clock(cell.result() or {}) == "step_ms" for cell in cells)
     spent = "time, noisy if several trained at once," if by_clock else "CPU time of all cores"
-    unit = "qat" if any(method.name == "qat" for method in methods) else baseline
+    timed = {c.method.name for c in cells if _clock(c.result() or {}) in (c.result() or {})}
+    unit = "qat" if "qat" in timed else baseline
     title = next(method.label for method in methods if method.name == unit)
     notes.append(f"Cost: {spent} of a training step over that of {title}.")
     if any(method.kind == "calibrated" for method in methods):
@@ -176,8 +200,9 @@ def _common_notes(
             "after its float training" if not recipe.student.weights else "with its first weights"
         )
         notes.append(f"PTQ: the student {after}, calibrated.")
-    remarks = {c.method.label: (c.result() or {}).get("remark") for c in cells}
-    notes += [f"{label}: {remark}." for label, remark in remarks.items() if remark]
+    said = [(c.method.label, (c.result() or {}).get("remark")) for c in cells]
+    remarks = {label: remark for label, remark in said if remark}
+    notes += [f"{label}: {remark}." for label, remark in remarks.items()]
     notes += _matched_notes(methods, cells)
     lpips = find_lpips()
     notes.append(lpips.words + "." if lpips.metric else f"No LPIPS: {lpips.words}.")
@@ -223,13 +248,14 @@ def _write(
         "tables": [asdict(table) for table in tables],
         "notes": list(notes),
         "starts": {cell.seed: start for cell in cells if (start := cell.start())},
+        "images": {name: content for name in sets for content in _contents(cells, name)[:1]},
         "cells": [_cell_values(cell, sets) for cell in cells],
     }
     texts = {
         "table": ("comparison.md", to_markdown(tables, recipe.name, notes)),
         "LaTeX": ("comparison.tex", to_latex(tables, recipe.name, notes)),
         "CSV": ("comparison.csv", to_csv(tables)),
-        "CSV of every image": ("images.csv", _images_csv(cells, sets)),
+        "each image": ("images.csv", _images_csv(cells, sets)),
         "JSON": ("comparison.json", to_json(values, indent=1)),
     }
     for name, text in texts.values():

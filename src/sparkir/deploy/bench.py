@@ -10,6 +10,7 @@ import os
 import re
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -56,6 +57,20 @@ def _size_of(text: str) -> tuple[int, int]:
     return int(found[1]), int(found[2])
 
 
+def fitting(plan: Plan, facts: ModelFacts) -> Plan:
+    """The plan with its default sizes made such that the network can take them."""
+    if plan.sizes_px != DEFAULT_SIZES_PX:
+        return plan
+    sizes = tuple((_fit(height, facts), _fit(width, facts)) for height, width in plan.sizes_px)
+    return replace(plan, sizes_px=sizes)
+
+
+def _fit(side: int, facts: ModelFacts) -> int:
+    """The smallest side from this one on that the network can take."""
+    step = facts.size_multiple
+    return -(-max(side, facts.min_size_px) // step) * step
+
+
 def require_sizes(sizes_px: Sequence[tuple[int, int]], facts: ModelFacts) -> None:
     """Refuse inputs that the network cannot take.
 
@@ -64,7 +79,7 @@ def require_sizes(sizes_px: Sequence[tuple[int, int]], facts: ModelFacts) -> Non
     """
     step, least = facts.size_multiple, facts.min_size_px
     for height, width in sizes_px:
-        fits = [-(-max(side, least) // step) * step for side in (height, width)]
+        fits = [_fit(height, facts), _fit(width, facts)]
         if fits != [height, width]:
             raise SparkirError(
                 f"{facts.name} takes sides of at least {least} px that are multiples of {step}, "

@@ -138,8 +138,13 @@ def _require_same_images(entry: Entry, base: Entry, seed: int) -> None:
 
 
 def _best(lines: Sequence[Line], family: str) -> str:
-    """The name of the strength with the highest PSNR; empty if there is one alone."""
-    own = [x for x in lines if x.name.partition("@")[0] == family and x.psnr_db is not None]
+    """The name of the strength with the highest PSNR; empty if there is one alone.
+
+    Of those with most seeds, whose means are of the same trainings; `truth` is none of `truth@S`.
+    """
+    names = {line.name for line in lines if line.name.partition("@")[0] == family} - {"truth"}
+    own = [line for line in lines if line.name in names and line.psnr_db is not None]
+    own = [line for line in own if line.seeds == max(other.seeds for other in own)]
     if len(own) < 2:
         return ""
     return max(own, key=lambda line: line.psnr_db or 0.0).name

@@ -30,6 +30,7 @@ _FORMATS = ("PNG", "JPEG", "WEBP", "TIFF", "BMP")
 MAX_PIXELS = 2 * 89_478_485  # where Pillow, too, begins to suspect a decompression bomb
 
 _ORIENTATION, _SOFTWARE = 0x0112, 0x0131
+_SIDEWAYS = (5, 6, 7, 8)  # orientations that exchange width and height
 _EXIF_IFD, _EXIF_SIZES = 0x8769, (0xA002, 0xA003)  # of the camera's picture, not of the result
 # How the pixels are stored in a TIFF file, which is not what a picture is.
 _STORAGE_TAGS = {254, 255, 256, 257, 258, 259, 262, 266, 273, 277, 278, 279, 284, 292, 293, 317}
@@ -102,6 +103,8 @@ def read_picture(path: Path, *, max_pixels: int = MAX_PIXELS) -> Picture:
         dpi = _checked_dpi(image.info.get("dpi"))
         icc = image.info.get("icc_profile") or b""
         exif = _kept_exif(image)
+        if dpi is not None and image.getexif().get(_ORIENTATION) in _SIDEWAYS:
+            dpi = dpi[::-1]
         if _is_deep(image) and not image.mode.startswith("I"):
             turn = image.getexif().get(_ORIENTATION, 1)
             pixels = _read_deep_colour(path, image)
@@ -264,7 +267,7 @@ def _kept_exif(image: Image.Image) -> bytes:
 
 def _turned(pixels: np.ndarray, orientation: object) -> np.ndarray:
     """Upright, by the EXIF standard's eight orientations."""
-    if orientation in (5, 6, 7, 8):
+    if orientation in _SIDEWAYS:
         pixels = pixels.swapaxes(0, 1)
     if orientation in (3, 4, 7, 8):
         pixels = pixels[::-1]

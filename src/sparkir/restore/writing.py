@@ -115,15 +115,21 @@ def _write_by_pillow(
     pixels = np.ascontiguousarray(picture.pixels)
     image = Image.fromarray(pixels[..., 0] if pixels.shape[2] == 1 else pixels)
     said: dict[str, Any] = {"exif": marked_exif(picture.exif, mark)}
-    if picture.icc:
-        said["icc_profile"] = picture.icc
+    as_colour = kind == "WEBP" and pixels.shape[2] < 3
+    if icc := _fitting_profile(picture.icc, as_colour=as_colour):
+        said["icc_profile"] = icc
     if picture.dpi and kind != "WEBP":
         said["dpi"] = picture.dpi
-    if kind == "WEBP" and pixels.shape[2] < 3:
+    if as_colour:
         image = image.convert("RGBA" if pixels.shape[2] == 2 else "RGB")
     if kind == "TIFF" and any(part in said["exif"] for part in _EXIF_PARTS):
         options = {}  # together with compression Pillow loses these parts
     image.save(file, format=kind, **said, **options)
+
+
+def _fitting_profile(icc: bytes, *, as_colour: bool) -> bytes:
+    """The profile, unless it is one of grey and the pixels are written as colour."""
+    return b"" if as_colour and icc[16:20] == b"GRAY" else icc
 
 
 def _write_deep_png(file: BinaryIO, picture: Picture, mark: str) -> None:
@@ -162,7 +168,7 @@ def _write_deep_tiff(file: BinaryIO, picture: Picture, mark: str) -> None:
         compression="zlib",
         software=mark,
         metadata=None,
-        iccprofile=picture.icc or None,
+        iccprofile=_fitting_profile(picture.icc, as_colour=picture.pixels.shape[2] == 2) or None,
         resolution=picture.dpi,
         resolutionunit="INCH" if picture.dpi else None,
         extratags=texts,
