@@ -298,7 +298,7 @@ def test_evaluate_prints_the_figures_of_the_report(finished, project, file):
     row = report_of(finished.folder)["rows"][-1]
     said = call("evaluate", finished.folder / file, "--data", finished.project / "test", "--each")
     assert said.code == 0, said
-    assert ": PSNR-Y studio range, uint8, crop 2 px; SSIM alike\n" in said.out
+    assert ": PSNR-Y studio range, uint8, crop 2 px; SSIM alike; input bicubic / 2\n" in said.out
     scores = [*row["scores"], {**row, "name": "mean"}]
     for score in scores:
         assert f"│ {score['name']} │ {score['psnr_db']:.3f} │ {score['ssim']:.4f} │" in said.text
@@ -549,7 +549,7 @@ def test_noise_in_integers(project):
     # The exported file alone does not know what degraded its input; the run folder does.
     said = call("evaluate", "run", "--data", "test")
     assert said.code == 0, said
-    assert ": PSNR-RGB, uint8, no crop; SSIM alike\n" in said.out
+    assert ": PSNR-RGB, uint8, no crop; SSIM alike; input noise of sigma 20\n" in said.out
     assert f"│ mean │ {rows[-1]['psnr_db']:.3f} │" in said.text
 
 

@@ -135,7 +135,8 @@ def test_a_grey_network_is_not_measured_on_coloured_noise(project):
     noise = ["data.degradation=noise"]
     with pytest.raises(SparkirError, match=r"restores grey images, .*set data.channels = 1"):
         evaluation_setup(opened, "test", None, silent, noise)
-    evaluation_setup(opened, "test", None, silent, [*noise, "data.channels=1"])
+    found, _ = evaluation_setup(opened, "test", None, silent, [*noise, "data.channels=1"])
+    assert found.inputs == "noise of sigma 25, grey"
 
 
 def test_the_recipes_data_and_metric_are_used(project):

@@ -228,7 +228,7 @@ def evaluate(
     with _display() as shown:
         pairs, convention = evaluation_setup(opened, data, metric, shown, overrides or ())
         scores = benchmark.evaluate(opened.network, pairs, convention)
-    _say(escape(f"{opened.label}: {convention.label}; SSIM alike"))
+    _say(escape(f"{opened.label}: {convention.label}; SSIM alike; input {pairs.inputs}"))
     table = Table("image", "PSNR dB", "SSIM")
     for score in [*(scores if each else ()), benchmark.mean(scores)]:
         table.add_row(escape(score.name), f"{score.psnr_db:.3f}", f"{score.ssim:.4f}")

@@ -24,7 +24,7 @@ class Degradation(Protocol):
     """Turns a clean image into what the network will be given.
 
     ``repr`` must say everything that the output depends on: it names cached results. Frozen
-    dataclasses do so by themselves.
+    dataclasses do so by themselves. ``str`` says to people what the network is given.
     """
 
     @property
@@ -39,6 +39,11 @@ class Degradation(Protocol):
         self, hr: UInt8[np.ndarray, "H W c"], rng: np.random.Generator
     ) -> UInt8[np.ndarray, "h w c"]:
         """Degrade an image, 0..255, whose sides are multiples of ``scale``."""
+
+
+def _words(value: Number | tuple[Number, Number]) -> str:
+    low, high = _range(value)
+    return f"{low:g}" if low == high else f"{low:g} to {high:g}"
 
 
 @dataclass(frozen=True)
@@ -59,6 +64,9 @@ class BicubicDownscale:
             raise SparkirError(f"bicubic scale is {self.scale}; choose one of {SCALES}")
         if self.border not in _BORDERS:
             raise SparkirError(f"bicubic border is {self.border!r}; choose from {list(_BORDERS)}")
+
+    def __str__(self) -> str:
+        return f"bicubic / {self.scale}"
 
     def __call__(
         self, hr: UInt8[np.ndarray, "H W c"], rng: np.random.Generator
@@ -87,6 +95,9 @@ class GaussianNoise:
             raise SparkirError(
                 f"noise sigma is {self.sigma}; give 8-bit levels above 0, or (low, high)"
             )
+
+    def __str__(self) -> str:
+        return f"noise of sigma {_words(self.sigma)}"
 
     def __call__(
         self, hr: UInt8[np.ndarray, "h w c"], rng: np.random.Generator
@@ -122,6 +133,9 @@ class JpegCompression:
         """True for a single quality."""
         low, high = _range(self.quality)
         return low == high
+
+    def __str__(self) -> str:
+        return f"JPEG of quality {_words(self.quality)}"
 
     def __call__(
         self, hr: UInt8[np.ndarray, "h w c"], rng: np.random.Generator

@@ -41,6 +41,9 @@ class OfGrey:
         """See `Degradation`."""
         return self.inner.fixed
 
+    def __str__(self) -> str:
+        return f"{self.inner}, grey"
+
     def __call__(
         self, hr: UInt8[np.ndarray, "H W 3"], rng: np.random.Generator
     ) -> UInt8[np.ndarray, "h w 3"]:

@@ -31,6 +31,7 @@ class PairStore:
         names: of the pairs; of one made from files, what its images are called.
         scale: side of gt / side of lq, exactly, for every pair.
         skipped: one message for each file that could not be read.
+        inputs: for people, what the network is given.
         identity: files and degradation in one word; "" if degraded images are drawn anew each time.
     """
 
@@ -42,6 +43,7 @@ class PairStore:
         lq: Sequence[UInt8[np.ndarray, "_h _w 3"]] | Degradation,
         scale: int,
         skipped: Sequence[str] = (),
+        inputs: str = "as given",
         identity: str = "",
     ) -> None:
         """Hold images that fit already; `from_images` and `from_files` make them fit."""
@@ -49,7 +51,7 @@ class PairStore:
         self.names = tuple(names)
         self.scale = scale
         self.skipped = tuple(skipped)
-        self.identity = identity
+        self.inputs, self.identity = inputs, identity
         self._gt = tuple(gt)
         # Asked once: whether an object follows a protocol takes as long as cutting a crop.
         self._degradation = lq if isinstance(lq, Degradation) else None
@@ -87,7 +89,7 @@ class PairStore:
                 )
         gt = [mod_crop(image, scale) for image in images]
         options: dict[str, Any] = {"names": images.names, "gt": gt, "scale": scale}
-        options["skipped"] = images.skipped
+        options |= {"skipped": images.skipped, "inputs": str(degradation)}
         if not degradation.fixed:
             return cls(lq=degradation, **options)
         lq = _degraded(images, degradation, progress)
