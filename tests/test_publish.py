@@ -127,9 +127,93 @@ def test_a_readme_of_the_users_own_is_sent_as_it_is(run):
 def test_paths_of_this_machine_are_pointed_out(run, tmp_path):
     student, chosen = load_student(run / "student.safetensors")
     data = chosen.data.model_copy(update={"train": "/home/me/photos"})
-    save_student(chosen.model_copy(update={"data": data}), student, run / "student.safetensors")
+    moved = chosen.model_copy(update={"data": data})
+    save_student(moved, student, run / "student.safetensors")
+    (run / "recipe.toml").write_text(moved.to_toml())
     said = call("push", run, REPO, "--dry-run")
     assert "shows paths of this machine: /home/me/photos" in said.err
+
+
+def rewritten(path, change):
+    """The file with its metadata changed."""
+    words, state = read_metadata(path), read_weights(path)
+    save_weights(state, path, words | change(words))
+
+
+def exported_as(run, **changes):
+    model = onnx.load(run / "student.onnx")
+    card = {entry.key: entry.value for entry in model.metadata_props}
+    onnx.helper.set_model_props(model, card | changes)
+    onnx.save(model, run / "student.onnx")
+
+
+REFUSED = {
+    "another recipe": (
+        lambda run: (run / "recipe.toml").write_text(
+            recipe.load(run / "recipe.toml", ["train.steps=99"]).to_toml()
+        ),
+        "recipe.toml is not the student's: train.steps: 99 -> 12",
+    ),
+    "an exported file cut off": (
+        lambda run: (run / "student.onnx").write_bytes((run / "student.onnx").read_bytes()[:3000]),
+        "ONNX Runtime cannot open ",
+    ),
+    "one of other bits": (lambda run: exported_as(run, quantization="W8A8"), "different networks"),
+    "one for another runtime": (lambda run: exported_as(run, target="openvino"), "different netw"),
+    "a recipe that is no JSON": (
+        lambda run: rewritten(run / "student.safetensors", lambda words: {"recipe": "{"}),
+        "student.safetensors has a damaged recipe: Expecting property name",
+    ),
+    "a recipe without an end": (
+        lambda run: rewritten(run / "student.safetensors", lambda words: {"recipe": "[" * 200_000}),
+        "student.safetensors has a damaged recipe: maximum recursion depth",
+    ),
+    "a student of a size that there is not": (
+        lambda run: rewritten(
+            run / "student.safetensors",
+            lambda words: {"recipe": words["recipe"].replace('"width": 8', '"width": 10000000')},
+        ),
+        "cannot build the student of ",
+    ),
+    "a report without rows": (
+        lambda run: (run / "report.json").write_text('{"rows": []}'),
+        "report.json is damaged (list index out of range); delete it",
+    ),
+    "a report that is none": (
+        lambda run: (run / "report.json").write_text("[]"),
+        "report.json holds no report; delete it",
+    ),
+    "a card that is no text": (
+        lambda run: (run / "student.md").write_bytes(b"\xff\xfe"),
+        "cannot read ",
+    ),
+}
+
+
+@pytest.mark.parametrize("what", REFUSED)
+def test_nothing_is_sent_that_could_not_be_used(run, what):
+    spoil, says = REFUSED[what]
+    spoil(run)
+    said = call("push", run, REPO, "--dry-run")
+    assert said.code == 1
+    assert said.err.startswith("error: ")
+    assert len(said.err.splitlines()) == 1
+    assert says in said.err
+
+
+def test_an_infinite_mean_is_left_out_of_the_hubs_metadata(run):
+    report = json.loads((run / "report.json").read_text())
+    report["rows"][-1]["psnr_db"] = None
+    (run / "report.json").write_text(json.dumps(report))
+    metadata, _ = metadata_of(publish.shipment_of(run, REPO).files["README.md"].decode())
+    assert [m["type"] for m in metadata["model-index"][0]["results"][0]["metrics"]] == ["ssim"]
+
+
+def test_a_card_that_is_made_anew_names_the_target(run):
+    for name in ("student.md", "student.onnx"):
+        (run / name).unlink()
+    readme = publish.shipment_of(run, REPO).files["README.md"].decode()
+    assert "| made for | onnxruntime |" in readme
 
 
 MISTAKES = {
@@ -344,6 +428,21 @@ def test_no_such_repository_or_one_of_something_else(hub, tmp_path):
     assert said.code == 1
     assert "it has no student.safetensors and no recipe.toml" in said.err
     assert not (tmp_path / "out").exists()
+
+
+@needs_hub
+def test_a_link_to_an_empty_folder_is_filled(run, hub, tmp_path, monkeypatch):
+    call("push", run, REPO)
+    (tmp_path / "real").mkdir()
+    (tmp_path / "link").symlink_to(tmp_path / "real")
+    said = call("pull", REPO, tmp_path / "link")
+    assert said.code == 0, said
+    assert (tmp_path / "link").is_symlink()
+    assert (tmp_path / "real" / "student.safetensors").is_file()
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    assert call("pull", REPO, ".").code == 0
+    assert (tmp_path / "here" / "student.onnx").is_file()
 
 
 @needs_hub

@@ -3,6 +3,7 @@
 import shutil
 import sys
 import types
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -10,7 +11,7 @@ import pytest
 import torch
 from torch import nn
 
-from helpers import IN_FLOAT, photo, save_image, write_recipe
+from helpers import IN_FLOAT, call, photo, save_image, write_recipe
 from sparkir import assemble, recipe
 from sparkir.assemble import convention, silent, weighting_of
 from sparkir.data.pairs import PatchSampler
@@ -18,11 +19,12 @@ from sparkir.deploy.runtime import RuntimeNetwork
 from sparkir.errors import SparkirError
 from sparkir.evaluate.benchmark import evaluate, mean
 from sparkir.evaluate.infer import restore_image
-from sparkir.measure import training_restorer
+from sparkir.measure import parity_images, training_restorer
 from sparkir.models.checkpoint import save_weights
 from sparkir.models.facts import ModelFacts, facts_of
 from sparkir.models.registry import build
 from sparkir.quant.arithmetic import rounds_exactly
+from sparkir.quant.reference import freeze
 from sparkir.recipe import WeightingChoice
 from sparkir.restore.engine import Engine
 from sparkir.spark.weighting import Confidence, SparkPaper, weightings
@@ -166,6 +168,63 @@ def test_a_folder_of_pairs_is_taken_as_pairs_whatever_the_recipe(project):
 def test_convention(space, scale, crop_px):
     made = convention(space, scale)
     assert (made.space, made.crop_px) == (space, crop_px)
+
+
+def test_an_exported_file_is_measured_as_its_card_says(finished, project):
+    """Wherever it lies, without the run's folder."""
+    shutil.copy(finished.folder / "student.onnx", project / "alone.ONNX")
+    opened = open_model(str(project / "alone.ONNX"))
+    assert opened.recipe == recipe.load(finished.folder / "recipe.toml")
+
+
+def test_parity_is_checked_on_images_that_are_large_enough(project):
+    frozen = _frozen(multiple=16)
+    for name, side in (("a", 6), ("b", 20), ("c", 40)):
+        save_image(project / f"small/target/{name}.png", photo(2 * side, 2 * side, side))
+        save_image(project / f"small/input/{name}.png", photo(side, side, side))
+    pairs = assemble.open_pairs(
+        recipe.load("tiny.toml").data.as_pairs(), str(project / "small"), silent
+    )
+    assert [tuple(image.shape[-2:]) for image in parity_images(pairs, frozen)] == [
+        (32, 32),
+        (48, 48),
+    ]
+    for name in "bc":
+        for side in ("input", "target"):
+            (project / f"small/{side}/{name}.png").unlink()
+    pairs = assemble.open_pairs(
+        recipe.load("tiny.toml").data.as_pairs(), str(project / "small"), silent
+    )
+    with pytest.raises(SparkirError, match="none of these is large enough for it; give others"):
+        parity_images(pairs, frozen)
+
+
+def _frozen(*, multiple):
+    """The project's student, which wants sizes of this multiple."""
+    made = recipe.load("tiny.toml")
+    materials = assemble.gather(made)
+    materials.student.facts = replace(materials.student.facts, size_multiple=multiple)
+    return freeze(assemble.quantize_student(materials.student, made.quant, materials.crops))
+
+
+def test_one_picture_that_a_network_fails_at_does_not_end_the_others(project, monkeypatch):
+    monkeypatch.setitem(sys.modules, "theirs", types.SimpleNamespace(halving=halving))
+    for name, side in (("a", 32), ("b", 5), ("c", 40)):
+        save_image(project / f"mix/{name}.png", photo(side, side, 1))
+    said = call("restore", "theirs:halving", project / "mix", project / "made")
+    assert said.code == 1
+    assert sorted(path.name for path in (project / "made").glob("*.png")) == ["a.png", "c.png"]
+    assert "left out: " in said.err
+    assert "theirs:halving cannot compute an input of (1, 3, 5, 5)" in said.err
+
+
+def halving():
+    """A network whose facts forgot that it needs an even size."""
+    network = nn.Sequential(nn.PixelUnshuffle(2), nn.Conv2d(12, 12, 1), nn.PixelShuffle(2))
+    network.facts = ModelFacts(
+        name="halving", scale=1, channels=3, value_range=1.0, taps=(), halo_px=2, tile_phase_px=2
+    )
+    return network
 
 
 # What restores --------------------------------------------------------------------------------

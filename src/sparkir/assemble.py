@@ -540,7 +540,11 @@ def recipe_of_student(path: Path) -> Recipe:
             f"{path} holds weights, but not how to build their network; for a published "
             "checkpoint give the network's name and --weights"
         )
-    return from_values(json.loads(words["recipe"]), f"the recipe in {path}")
+    try:
+        values = json.loads(words["recipe"])
+    except (ValueError, RecursionError) as error:
+        raise SparkirError(f"{path} has a damaged recipe: {one_line(error)}") from error
+    return from_values(values, f"the recipe in {path}")
 
 
 def load_student(path: Path) -> tuple[nn.Module, Recipe]:
@@ -550,7 +554,10 @@ def load_student(path: Path) -> tuple[nn.Module, Recipe]:
         SparkirError: the file is no student of sparkir's, or is damaged.
     """
     recipe = recipe_of_student(path)
-    student = build(recipe.student.model, **recipe.student.options)
+    try:
+        student = build(recipe.student.model, **recipe.student.options)
+    except (RuntimeError, MemoryError) as error:
+        raise SparkirError(f"cannot build the student of {path}: {one_line(error)}") from error
     if recipe.quant is not None:
         student = prepare(student, recipe.quant)
     state = read_weights(path)

@@ -283,6 +283,8 @@ def restore(
 
     memory_bytes = None if memory is None else parse_bytes(memory)
     restorer = _restorer(model, weights, option, runtime)
+    if restorer.doubt:
+        _say(f"[yellow]warning:[/] {escape(restorer.doubt)}", to=err)
     with _display() as shown:
         outcome = restore_files(
             restorer,

@@ -19,7 +19,6 @@ from sparkir.errors import SparkirError
 from sparkir.models.facts import facts_of
 from sparkir.quant.prepare import placement_of
 from sparkir.recipe import Recipe
-from sparkir.report.table import Row
 
 if TYPE_CHECKING:
     import onnx
@@ -120,10 +119,9 @@ def export_onnx(
     return Exported(model=model, frozen=frozen, parity=parity, card=card)
 
 
-def measured_words(row: Row, convention: str, images: str) -> str:
-    """What a card says of quality."""
-    count = len(row.scores)
+def measured_words(psnr_db: float, ssim: float, convention: str, count: int, images: str) -> str:
+    """What a card says of quality, the mean of `count` images."""
     return (
-        f"PSNR {row.psnr_db:.2f} dB, SSIM {row.ssim:.4f} ({convention}; SSIM alike), mean of "
+        f"PSNR {psnr_db:.2f} dB, SSIM {ssim:.4f} ({convention}; SSIM alike), mean of "
         f"{count} image{'s' * (count > 1)} of {images}"
     )

@@ -17,10 +17,11 @@ from sparkir.data.pairs import PairStore
 from sparkir.deploy.runtime import RuntimeNetwork
 from sparkir.deploy.session import TITLES
 from sparkir.distill.task import DistillationTask
+from sparkir.errors import SparkirError
 from sparkir.evaluate.benchmark import ImageScore, Restorer, evaluate
 from sparkir.evaluate.infer import device_of, restore_image
 from sparkir.evaluate.metrics import Convention
-from sparkir.models.facts import as_seen, facts_of
+from sparkir.models.facts import as_seen, facts_of, pad_to_multiple, smallest_px
 from sparkir.quant.arithmetic import exact_rounding
 from sparkir.quant.reference import freeze, stored_bytes
 from sparkir.quant.spec import QuantSpec
@@ -176,14 +177,24 @@ def runtime_contender(recipe: Recipe, trained: Trained, exported: Exported) -> C
 
 
 def parity_images(test: PairStore, frozen: GraphModule) -> list[Tensor]:
-    """Corners of real test images, as the network reads them."""
+    """Corners of three real test images, as the network reads them.
+
+    Raises:
+        SparkirError: none is large enough for the network.
+    """
     facts = facts_of(frozen)
-    images = []
-    for index in range(min(3, len(test))):
+    images: list[Tensor] = []
+    for index in range(len(test)):
         lq = torch.from_numpy(test.pair(index)[0][:_PARITY_PX, :_PARITY_PX].copy())
+        if len(images) == 3 or any(side < smallest_px(facts, side) for side in lq.shape[:2]):
+            continue
         image = as_seen(lq.movedim(-1, 0)[None].float() / 255, facts) * facts.value_range
-        high, wide = (side - side % facts.size_multiple for side in image.shape[-2:])
-        images.append(image[..., :high, :wide].contiguous())
+        images.append(pad_to_multiple(image, facts).contiguous())
+    if not images:
+        raise SparkirError(
+            f"the file of {facts.name} is checked on images, and none of these is large enough for "
+            "it; give others with --data, or as data.test"
+        )
     return images
 
 

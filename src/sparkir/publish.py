@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shlex
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,12 +16,12 @@ from sparkir.data.layouts import set_name
 from sparkir.deploy.card import Card, read_card
 from sparkir.deploy.hub import Listing, download, list_files, require_repo_name, upload
 from sparkir.deploy.hub_card import hub_readme
-from sparkir.deploy.session import installed
+from sparkir.deploy.session import RUNTIMES, installed, open_session
 from sparkir.errors import SparkirError
 from sparkir.models.checkpoint import read_metadata
-from sparkir.models.facts import ModelFacts, facts_of
+from sparkir.models.facts import facts_of
 from sparkir.recipe import Recipe, differences, load
-from sparkir.tools import finished_student, open_model
+from sparkir.tools import finished_student
 
 _NEEDED = ("student.safetensors", "recipe.toml")
 SHIPPED = (
@@ -51,13 +52,14 @@ def shipment_of(folder: Path, repo: str, *, licence: str = "") -> Shipment:
     """What of a run folder goes to `repo`: the model, its card, its recipe and its report.
 
     A README.md that lies in the folder is the card; otherwise one is made. The student is built
-    once, so that nothing is sent that cannot be used.
+    and the exported file opened, as `pull` will, so that nothing is sent that it would refuse.
 
     Raises:
         SparkirError: it is no run folder, the run is not finished, or a file is damaged.
     """
     require_repo_name(repo)
     student, recipe = load_student(finished_student(folder))
+    _require_whole(folder, recipe)
     files: dict[str, Path | bytes] = {
         name: folder / name for name in SHIPPED if (folder / name).is_file()
     }
@@ -71,7 +73,8 @@ def shipment_of(folder: Path, repo: str, *, licence: str = "") -> Shipment:
     else:
         card = Card(
             facts=facts_of(student),
-            quantization="float" if recipe.quant is None else recipe.quant.label,
+            quantization=_quantization_of(recipe),
+            target="" if recipe.quant is None else recipe.quant.target,
             recipe=recipe.name,
             training=recipe.to_toml(),
             licence=recipe.data.licence,
@@ -81,20 +84,22 @@ def shipment_of(folder: Path, repo: str, *, licence: str = "") -> Shipment:
     return Shipment(files=files, notes=notes)
 
 
+def _quantization_of(recipe: Recipe) -> str:
+    return "float" if recipe.quant is None else recipe.quant.label
+
+
 def _readme(folder: Path, card: Card, repo: str, images: str, licence: str) -> str:
     own = folder / "student.md"
     report, values = folder / "report.md", _report_of(folder)
-    results = report.read_text("utf-8").partition("\n")[2] if report.is_file() else ""
+    results = _text_of(report).partition("\n")[2] if report.is_file() else ""
     if results and (folder / "comparison.png").is_file():
         results += "\n![The same detail by each of them](comparison.png)\n"
     return hub_readme(
-        own.read_text("utf-8") if own.is_file() else card.to_markdown(),
+        _text_of(own) if own.is_file() else card.to_markdown(),
         card,
         repo=repo,
         results=results,
-        metrics={name: values["rows"][-1][f] for name, f in (("psnr", "psnr_db"), ("ssim", "ssim"))}
-        if values
-        else None,
+        metrics=_metrics_of(values, folder / "report.json"),
         measured_on=images,
         convention=values.get("convention", ""),
         licence=licence,
@@ -109,7 +114,28 @@ def _report_of(folder: Path) -> dict[str, Any]:
         return {}
     except (OSError, ValueError) as error:
         raise SparkirError(f"cannot read {folder / 'report.json'}: {error}") from error
+    if not isinstance(values, dict):
+        raise SparkirError(f"{folder / 'report.json'} holds no report; delete it")
     return values
+
+
+def _text_of(path: Path) -> str:
+    try:
+        return path.read_text("utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise SparkirError(f"cannot read {path}: {one_line(error)}; delete or mend it") from error
+
+
+def _metrics_of(report: Mapping[str, Any], path: Path) -> dict[str, float]:
+    """What the Hub shows of the last row; an infinite mean is nothing that it could show."""
+    if not report:
+        return {}
+    try:
+        row = report["rows"][-1]
+        found = {"psnr": row["psnr_db"], "ssim": row["ssim"]}
+        return {name: float(value) for name, value in found.items() if value is not None}
+    except (LookupError, TypeError, ValueError) as error:
+        raise SparkirError(f"{path} is damaged ({one_line(error)}); delete it") from error
 
 
 def _local_paths(recipe: Recipe) -> list[str]:
@@ -165,7 +191,7 @@ def pull(listing: Listing, names: list[str], folder: Path, *, report: Report = s
         raise SparkirError(f"{folder} is there already and not empty; choose another OUT")
     report({"kind": "stage", "name": f"pull {len(names)} files", "steps": 0})
     try:
-        with atomic_folder(folder) as partial:
+        with atomic_folder(folder.resolve()) as partial:  # what a link points to is replaced
             download(listing, names, partial)
             try:
                 return _opened(partial, folder)
@@ -179,9 +205,7 @@ def pull(listing: Listing, names: list[str], folder: Path, *, report: Report = s
 def _opened(files: Path, folder: Path) -> list[str]:
     """Open all that can be opened without running anybody's code; what it is good for."""
     recipe = recipe_of_student(files / "student.safetensors")
-    changed = differences(load(files / "recipe.toml"), recipe)
-    if changed:
-        raise SparkirError(f"recipe.toml is not the student's: {'; '.join(changed)}")
+    _require_whole(files, recipe)
     said = []
     if ":" in recipe.student.model:
         said.append(
@@ -191,21 +215,33 @@ def _opened(files: Path, folder: Path) -> list[str]:
     else:
         load_student(files / "student.safetensors")
         said += _uses(recipe, folder)
-    if (files / "student.onnx").is_file() and installed("onnxruntime"):
-        exported = facts_of(open_model(str(files / "student.onnx")).network)
-        _require_same_facts(exported, files / "student.safetensors")
     return said
 
 
-def _require_same_facts(exported: ModelFacts, student: Path) -> None:
-    """Raise SparkirError if an exported file is of another network than the student's file."""
+def _require_whole(folder: Path, recipe: Recipe) -> None:
+    """See that recipe and exported file are the student's, as far as it can be known.
+
+    Raises:
+        SparkirError: they are not, or the exported file cannot be opened.
+    """
+    changed = differences(load(folder / "recipe.toml"), recipe)
+    if changed:
+        raise SparkirError(f"recipe.toml is not the student's: {'; '.join(changed)}")
+    file, student = folder / "student.onnx", folder / "student.safetensors"
+    runtime = next((name for name in RUNTIMES if installed(name)), None)
+    if not file.is_file() or runtime is None:
+        return
+    card = read_card(open_session(file, runtime=runtime).metadata, str(file))
     words = read_metadata(student)
-    if "facts" in words and read_card(words, str(student)).facts != exported:
+    target = "" if recipe.quant is None else recipe.quant.target
+    of_student = (recipe.name, _quantization_of(recipe), target)
+    same = (card.recipe, card.quantization, card.target) == of_student
+    if not same or ("facts" in words and read_card(words, str(student)).facts != card.facts):
         raise SparkirError("student.onnx and student.safetensors are of different networks")
 
 
 def _uses(recipe: Recipe, folder: Path) -> list[str]:
-    said = [f"restore with it: sparkir restore {folder} IN OUT"]
+    said = [f"restore with it: sparkir restore {shlex.quote(str(folder))} IN OUT"]
     if recipe.quant is None:
         options = f" and options {recipe.student.options}" if recipe.student.options else ""
         said.append(

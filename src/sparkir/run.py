@@ -513,7 +513,8 @@ def _finish(
         row = rows[-1]
         _require_same_quality(row, own.name, rows)
         files["ONNX model"] = folder / "student.onnx"
-        words = measured_words(row, convention_of(recipe).label, recipe.data.test)
+        label, count = convention_of(recipe).label, len(row.scores)
+        words = measured_words(row.psnr_db, row.ssim, label, count, recipe.data.test)
         files["model card"] = exported.measured(words).write(files["ONNX model"])
     write_png(files["picture"], comparison(recipe, materials, own, measured))
     outcome = Outcome(

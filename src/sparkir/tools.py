@@ -5,7 +5,9 @@ from __future__ import annotations
 import json
 import pickle
 import tempfile
+import tomllib
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal, cast
@@ -51,14 +53,15 @@ from sparkir.deploy.session import TITLES
 from sparkir.errors import SparkirError
 from sparkir.evaluate.infer import device_of, evaluating
 from sparkir.evaluate.metrics import Convention
-from sparkir.export import export_onnx, require_no_other_card
+from sparkir.export import export_onnx, measured_words, require_no_other_card
 from sparkir.measure import parity_images
 from sparkir.models.facts import ModelFacts, facts_of
 from sparkir.models.registry import available, build
 from sparkir.models.spandrel import SPANDREL
 from sparkir.quant.prepare import placement_of
 from sparkir.quant.reference import freeze
-from sparkir.recipe import Data, Network, Recipe, load, with_overrides
+from sparkir.recipe import Data, Network, Recipe, from_values, load, with_overrides
+from sparkir.restore.memory import is_allocation_failure
 from sparkir.restore.network import Restorer, runtime_for
 
 _EXPORTS = {"onnx": ".onnx", "executorch": ".pte"}
@@ -90,22 +93,33 @@ def open_model(
     is_file = path.exists() or path.suffix in (".onnx", ".safetensors", ".pth", ".pt")
     if name in available() or not is_file:
         return _open_by_name(name, weights, options or {})
-    if not path.is_dir() and path.suffix not in (".onnx", ".safetensors"):
+    suffix = path.suffix.lower()
+    if not path.is_dir() and suffix not in (".onnx", ".safetensors"):
         raise SparkirError(
-            f"{path} does not say which network it is; give the network's name and --weights {path}"
+            f"{path} does not say which network it is; give the network's name and --weights "
+            f"{path}, or, if it was exported, let its name end in .onnx"
         )
     if weights is not None or options:
         raise SparkirError(f"{path} has its own weights; leave out --weights and --option")
     if path.is_dir():
         return _open_run(path)
-    if path.suffix == ".onnx":
+    if suffix == ".onnx":
         runtime = runtime_for(path)
         network = RuntimeNetwork(path, runtime=runtime)
-        return Opened(network=network, label=f"{path} in {TITLES[runtime]}")
+        label = f"{path} in {TITLES[runtime]}"
+        return Opened(network=network, label=label, recipe=_recipe_of(network.card))
     student, recipe = load_student(path)
     if recipe.quant is not None:
         student = freeze(cast("GraphModule", student))
     return Opened(network=student, label=f"{path}", recipe=recipe)
+
+
+def _recipe_of(card: Card | None) -> Recipe | None:
+    """The recipe that a card carries; None without one, or of a version that has other keys."""
+    with suppress(SparkirError, tomllib.TOMLDecodeError):
+        if card is not None and card.training:
+            return from_values(tomllib.loads(card.training), "the card")
+    return None
 
 
 def _open_run(folder: Path) -> Opened:
@@ -179,9 +193,16 @@ def restorer_of(opened: Opened) -> Restorer:
     device = device_of(network)
 
     def run(lq: np.ndarray) -> np.ndarray:
-        with evaluating(network), torch.inference_mode():
-            restored: torch.Tensor = network(torch.from_numpy(lq).to(device))
-            return restored.float().cpu().numpy()
+        try:
+            with evaluating(network), torch.inference_mode():
+                restored: torch.Tensor = network(torch.from_numpy(lq).to(device))
+                return restored.float().cpu().numpy()
+        except (RuntimeError, ValueError, TypeError, IndexError) as error:
+            if is_allocation_failure(error):
+                raise
+            raise SparkirError(
+                f"{opened.label} cannot compute an input of {lq.shape}: {one_line(error)[:300]}"
+            ) from error
 
     return Restorer(
         facts=facts_of(network), run=run, label=opened.label, identity=network_hash(network)
@@ -215,7 +236,7 @@ def export_run(
         raise SparkirError(f"{path} is no name for this format; give a file *{_EXPORTS[to]}")
     if to == "onnx":
         require_no_other_card(path)
-    metrics = _measured_before(folder)
+    metrics = _measured_before(folder, recipe.data.test)
     pairs = open_pairs(recipe.data, data or recipe.data.test, report)
     frozen = freeze(cast("GraphModule", student))
     images = parity_images(pairs, frozen)
@@ -241,20 +262,22 @@ def _export_program(
     from sparkir.deploy.executorch import to_executorch, write_program
     from sparkir.deploy.mobile_parity import check_mobile_parity, require_mobile_parity
 
-    program = to_executorch(frozen, {"recipe": recipe.name})
+    words = {"recipe": recipe.name, "training": recipe.to_toml()}
+    words |= {"licence": recipe.data.licence} if recipe.data.licence else {}
+    program = to_executorch(frozen, words)
     parity = check_mobile_parity(program, frozen, images)
     if not allow_mismatch:
         require_mobile_parity(parity)
     said = parity.summary().splitlines()
     if parity.failures:
         differs = "; ".join(parity.failures[:3])
-        program = to_executorch(frozen, {"recipe": recipe.name, "differs": differs})
+        program = to_executorch(frozen, words | {"differs": differs})
         said.append(f"it is NOT what was trained: {differs}")
     write_program(program, path)
     return said
 
 
-def _measured_before(folder: Path) -> str:
+def _measured_before(folder: Path, tested: str) -> str:
     """What the run's report says of the exported file, if there is one."""
     report = folder / "report.json"
     if not report.is_file():
@@ -266,7 +289,8 @@ def _measured_before(folder: Path) -> str:
             return ""
         psnr_db, ssim = rows[-1]["psnr_db"], rows[-1]["ssim"]
         psnr_db = float("inf") if psnr_db is None else psnr_db  # which JSON has not
-        return f"PSNR {psnr_db:.2f} dB, SSIM {ssim:.4f} ({values['convention']}; SSIM alike)"
+        images = len(rows[-1]["scores"])
+        return measured_words(psnr_db, ssim, values["convention"], images, tested)
     except (OSError, ValueError, LookupError, TypeError) as error:
         raise SparkirError(
             f"{report} is damaged ({one_line(error)}); delete it to export without its figures"

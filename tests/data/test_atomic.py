@@ -63,6 +63,19 @@ def test_first_of_two_racing_processes_wins(tmp_path):
     assert list(tmp_path.iterdir()) == [folder]
 
 
+def test_an_empty_folder_that_cannot_be_replaced_is_no_result(tmp_path, monkeypatch):
+    """A mount point, say: what was made must not be thrown away without a word."""
+    folder = tmp_path / "a"
+    folder.mkdir()
+
+    def refused(path: Path, target: Path) -> None:
+        raise OSError(16, "Device or resource busy")
+
+    monkeypatch.setattr(Path, "rename", refused)
+    with pytest.raises(OSError, match="busy"), atomic_folder(folder) as partial:
+        (partial / "x").write_text("x")
+
+
 def test_a_rename_that_fails_for_another_reason_is_reported(tmp_path):
     (tmp_path / "a").write_text("a file is in the way")
     with pytest.raises(OSError, match="a"), atomic_folder(tmp_path / "a"):

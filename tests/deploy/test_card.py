@@ -35,6 +35,20 @@ def test_it_says_nothing_where_that_is_no_matter(card):
     assert "VNNI" not in text
 
 
+def test_a_file_alone_says_how_its_numbers_are_laid_out():
+    luma = build("srcnn", scale=2, channels=1).facts
+    said = Card(facts=luma, quantization="W8A8").to_metadata()["layout"]
+    assert said.startswith("float32 (N, 1, H, W), luma of studio range; black 0, white 1; ")
+    rgb = Card(facts=build("edsr", scale=2).facts, quantization="W8A8").to_metadata()["layout"]
+    assert rgb.startswith("float32 (N, 3, H, W), RGB; black 0, white 255; ")
+    assert rgb.endswith("clip it, then round")
+
+
+def test_what_a_user_writes_does_not_break_the_table():
+    card = Card(facts=FACTS, quantization="W8A8", licence="CC BY | 4.0\nsecond line")
+    assert "| licence of the training images | CC BY \\| 4.0 second line |" in card.to_markdown()
+
+
 @pytest.mark.parametrize(
     ("target", "words"),
     [

@@ -199,12 +199,27 @@ def test_a_fault_in_one_image_is_not_covered_by_another(dncnn, monkeypatch, bad_
         bad = (image.shape[-1] == 24) == bad_first
         found = {"differing": 1, "total": 1000, "largest": 7} if bad else {}
         found = found or {"differing": 5, "total": 10**6, "largest": 1}
-        return [LayerParity(name="sum", is_layer=False, **found)]
+        return [LayerParity(name=name, is_layer=False, **found) for name in stored]
 
     monkeypatch.setattr(parity_module, "teacher_forced", scripted)
     pictures = [images(dncnn.facts, 1, 24, width) for width in (24, 25)]
     parity = check_parity(dncnn.model, dncnn.frozen, pictures)
-    assert parity.failures == ["sum differs in 1 of 1000 values, by up to 7 levels"]
+    worst = "differs in 1 of 1000 values, by up to 7 levels"
+    assert len(parity.failures) == len(parity.layers)
+    assert all(failure.endswith(worst) for failure in parity.failures)
+
+
+@pytest.mark.parametrize("how_many", ["all", "one"])
+def test_a_grid_that_is_compared_with_nothing_is_a_failure(dncnn, how_many):
+    """As would come of an exporter that calls its outputs otherwise."""
+    model = onnx.ModelProto()
+    model.CopyFrom(dncnn.model)
+    grids = [node for node in model.graph.node if node.op_type == "QuantizeLinear"]
+    for node in grids if how_many == "all" else grids[-1:]:
+        node.name = f"another_{node.name}"
+    parity = check_parity(model, dncnn.frozen, [images(dncnn.facts, 1, 24, 24)])
+    count = len(grids) if how_many == "all" else 1
+    assert parity.failures[0].startswith(f"{count} of the file's {len(grids)} grids are none of")
 
 
 def test_only_three_failures_are_told(dncnn):

@@ -14,7 +14,7 @@ from sparkir.errors import SparkirError
 from sparkir.evaluate.infer import restore_image
 from sparkir.models.facts import ModelFacts
 from sparkir.restore.engine import Engine
-from sparkir.restore.network import Restorer, open_exported
+from sparkir.restore.network import Restorer, open_exported, runtime_for
 from sparkir.restore.tiles import restore_tiled, tiling_for
 from sparkir.tools import open_model
 
@@ -157,18 +157,22 @@ def test_openvino_restores_the_same(model_file, name):
 # Hostile models -------------------------------------------------------------------------------
 
 FACTS = {
-    "scale": ("scale", 2, ["its card says", "x2", "export it again"]),
+    "scale": ("scale", 2, ["its facts say", "x2", "export it again"]),
     "channels": ("channels", 1, ["cannot compute an input of (1, 1, 16, 16)"]),
-    "value range of another type": ("value_range", "255", ["damaged card", "value_range is '255'"]),
+    "value range of another type": (
+        "value_range",
+        "255",
+        ["card that is damaged", "value_range is '255'"],
+    ),
     "value range": ("value_range", 1023.0, ["value_range must be 1.0 or 255.0"]),
-    "scale of another type": ("scale", "4", ["damaged card", "scale is '4'"]),
-    "scale that is no whole number": ("scale", 4.0, ["damaged card", "scale is 4.0"]),
+    "scale of another type": ("scale", "4", ["card that is damaged", "scale is '4'"]),
+    "scale that is no whole number": ("scale", 4.0, ["card that is damaged", "scale is 4.0"]),
     "halo below zero": ("halo_px", -1, ["halo_px must be a whole number >= 0"]),
     "phase": ("tile_phase_px", 0, ["tile_phase_px must be a whole number >= 1"]),
-    "name": ("name", 3, ["damaged card"]),
-    "taps": ("taps", "body", ["damaged card"]),
+    "name": ("name", 3, ["card that is damaged"]),
+    "taps": ("taps", "body", ["card that is damaged"]),
     "luma range": ("luma_range", "tv", ["luma_range must be full or studio"]),
-    "unknown fact": ("colour", "blue", ["damaged card"]),
+    "unknown fact": ("colour", "blue", ["card that is damaged"]),
     "multiple": ("size_multiple", 10**7, ["needs pictures of 10000000 x 10000000 px"]),
 }
 
@@ -200,7 +204,7 @@ def test_a_card_that_lies(tmp_path, lie):
 @pytest.mark.parametrize("text", ["", "[]", "{}", "null", "{", "[" * 100_000, "\x00"])
 def test_a_damaged_card(tmp_path, text):
     (tmp_path / "m.onnx").write_bytes(with_card(text).SerializeToString())
-    refused(tmp_path, ["m.onnx has a damaged card", "export it again"])
+    refused(tmp_path, ["m.onnx has a card that is damaged", "export it again"])
 
 
 def test_a_card_of_an_older_version_has_no_phase(tmp_path):
@@ -235,8 +239,53 @@ def test_external_data_outside_the_folder_are_not_read(tmp_path, runtime):
         tensor.external_data.add(key=key, value=value)
     path = tmp_path / "in" / "m.onnx"
     path.write_bytes(model.SerializeToString())
-    with pytest.raises(SparkirError, match="cannot open"):
+    with pytest.raises(SparkirError, match=r"cannot open .*(outside|external|escapes)"):
         open_exported(path, runtime)
+    (tmp_path / "in" / "secret.bin").write_bytes(bytes(10**6))
+    tensor.external_data[0].value = "secret.bin"
+    path.write_bytes(model.SerializeToString())
+    open_exported(path, runtime)  # the same, beside the file
+
+
+def test_a_file_that_is_not_there(tmp_path):
+    for runtime in ("onnxruntime", "openvino"):
+        pytest.importorskip(runtime)
+        with pytest.raises(SparkirError, match=r"there is no file .*gone.onnx; check the path"):
+            open_exported(tmp_path / "gone.onnx", runtime)
+
+
+def test_in_another_runtime_than_it_was_made_for(model_file, tmp_path, monkeypatch):
+    """Its results are others', and are known as such; nor are they made without a word."""
+    pytest.importorskip("openvino")
+    path = model_file("edsr")
+    own, other = (open_exported(path, runtime) for runtime in ("onnxruntime", "openvino"))
+    assert own.doubt == ""
+    assert other.doubt == (
+        "the file was made for ONNX Runtime on the CPU; OpenVINO may show slightly other pixels"
+    )
+    assert own.identity != other.identity
+    save_image(tmp_path / "a.png", photo(20, 24, 1))
+    arguments = ("restore", path, tmp_path / "a.png", tmp_path / "b.png")
+    assert "made for ONNX Runtime" in call(*arguments, "--runtime", "openvino").err
+    said = call(*arguments, "--overwrite")
+    assert (said.code, said.err) == (0, "")
+
+
+def test_openvino_is_not_chosen_where_its_products_saturate(model_file, tmp_path, monkeypatch):
+    pytest.importorskip("openvino")
+    model = onnx.load(model_file("edsr"))
+    said = {entry.key: entry.value for entry in model.metadata_props} | {"target": "openvino"}
+    onnx.helper.set_model_props(model, said)
+    onnx.save(model, tmp_path / "m.onnx")
+    for here, chosen in ((False, "openvino"), (True, "onnxruntime")):
+        monkeypatch.setattr(
+            "sparkir.deploy.runtime.saturates", lambda name, here=here: here and name == "openvino"
+        )
+        assert runtime_for(tmp_path / "m.onnx") == chosen
+        assert ("without VNNI" in open_exported(tmp_path / "m.onnx", "openvino").doubt) == here
+    onnx.helper.set_model_props(model, said | {"training": "[quant]\nreduce_range = true\n"})
+    onnx.save(model, tmp_path / "m.onnx")
+    assert runtime_for(tmp_path / "m.onnx") == "openvino"
 
 
 def test_a_runtime_that_does_not_exist(model_file):

@@ -58,7 +58,7 @@ def atomic_folder(folder: Path) -> Iterator[Path]:
         try:
             partial.rename(folder)
         except OSError:
-            if not folder.is_dir():
+            if not folder.is_dir() or not any(folder.iterdir()):  # a link, a mount point
                 raise
     finally:
         shutil.rmtree(partial, ignore_errors=True)  # already gone after the rename

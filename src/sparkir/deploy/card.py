@@ -30,6 +30,7 @@ _ANYWHERE = "as elsewhere: its weights keep to 7 bits"
 
 
 _TERMS = "licence of the training images"
+_NEEDS = "ONNX Runtime 1.23 or OpenVINO 2025.0, or later"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -55,20 +56,30 @@ class Card:
     def to_metadata(self) -> dict[str, str]:
         """Text by key, as ONNX files hold it; what is not known is left out."""
         words = {f.name: str(getattr(self, f.name)) for f in fields(self) if f.name != "facts"}
+        words["layout"] = f"{self._tensors()}; {self._values()}"
         return {"facts": json.dumps(asdict(self.facts))} | {k: v for k, v in words.items() if v}
+
+    def _tensors(self) -> str:
+        facts = self.facts
+        colours = "RGB" if facts.channels == 3 else f"luma of {facts.luma_range} range"
+        return f"float32 (N, {facts.channels}, H, W), {colours}"
+
+    def _values(self) -> str:
+        white = f"{self.facts.value_range:g}"
+        return f"black 0, white {white}; what is restored may lie beyond: clip it, then round"
 
     def to_markdown(self, layers: Sequence[tuple[str, str]] = ()) -> str:
         """For people; `layers` says of each layer how it is stored and run."""
         facts = self.facts
         task = f"enlarges {facts.scale} times" if facts.scale > 1 else "restores at the same size"
-        colours = "RGB" if facts.channels == 3 else f"luma of {facts.luma_range} range"
         rows = [
             ("task", task),
-            ("input and output", f"float32 (N, {facts.channels}, H, W), {colours}"),
-            ("values", f"black 0, white {facts.value_range:g}"),
+            ("input and output", self._tensors()),
+            ("values", self._values()),
             ("sizes", f"at least {facts.min_size_px} px, multiples of {facts.size_multiple}"),
             ("quantization", self.quantization),
             ("made for", self.target or "not stated"),
+            ("needs, as .onnx", _NEEDS),
             *[("x86 without VNNI", words) for words in [self._without_vnni()] if words],
             ("measured", self.metrics or "not stated"),
             (_TERMS, self.licence or "not stated"),
@@ -76,7 +87,7 @@ class Card:
         parts = [f"# {self.recipe or facts.name}\n"]
         if self.differs:
             parts.append(f"**Not what was trained:** {self.differs}\n")
-        parts.append("| | |\n|---|---|\n" + "".join(f"| {k} | {v} |\n" for k, v in rows))
+        parts.append("| | |\n|---|---|\n" + "".join(f"| {k} | {_cell(v)} |\n" for k, v in rows))
         if layers:
             lines = "".join(f"| `{name}` | {what} |\n" for name, what in layers)
             parts.append(f"## Layers\n\n| layer | stored and run |\n|---|---|\n{lines}")
@@ -91,6 +102,11 @@ class Card:
         if self.target == "openvino" and "reduce_range = true" in self.training.splitlines():
             return _ANYWHERE
         return _ON_X86_WITHOUT_VNNI.get(self.target, _ONNX_RUNTIME_THERE)
+
+
+def _cell(text: str) -> str:
+    """On one line, and without what would end a table's cell."""
+    return " ".join(text.split()).replace("|", "\\|")
 
 
 def is_card(path: Path) -> bool:
@@ -116,7 +132,8 @@ def read_card(metadata: Mapping[str, str], name: str) -> Card:
         facts = ModelFacts(**values | {"taps": tuple(values["taps"])})
     except (ValueError, TypeError, LookupError, RecursionError) as error:
         raise SparkirError(
-            f"{name} has a damaged card ({error}); export it again with sparkir"
+            f"{name} has a card that is damaged, or of another version ({error}); export it again "
+            "with this sparkir"
         ) from error
     known = {f.name for f in fields(Card)} - {"facts"}
     words = {key: text for key, text in metadata.items() if key in known}

@@ -55,7 +55,7 @@ _REMEDIES: dict[Engine, str] = {
 _MADE_FOR: dict[Engine, tuple[TargetName, ...]] = {
     "onnxruntime": ("onnxruntime", "portable"),
     "openvino": ("openvino",),
-    "executorch": ("portable",),
+    "executorch": ("onnxruntime", "portable"),
 }
 _LONGEST_REASON = 200
 

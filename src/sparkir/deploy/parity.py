@@ -8,7 +8,7 @@ alone; the final image is compared too, as a user will see it.
 from __future__ import annotations
 
 import copy
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -149,7 +149,7 @@ def check_parity(
         runtime=runtime,
         fusion=fusion,
         grids=len(grid_calls(frozen)),
-        failures=_failures(layers, differing, pixels, largest),
+        failures=_unmatched(names, worst) + _failures(layers, differing, pixels, largest),
         saturated=saturates(runtime) and not placement_of(frozen).spec.reduce_range,
     )
 
@@ -167,6 +167,17 @@ def require_parity(parity: Parity) -> None:
             + "; ".join(parity.failures[:3])
             + hint
         )
+
+
+def _unmatched(names: Sequence[str], found: Mapping[str, LayerParity]) -> list[str]:
+    """The file's grids that were compared with nothing: they have other names, by some mistake."""
+    unknown = [name for name in names if name not in found]
+    if not unknown and (found or not names):
+        return []
+    return [
+        f"{len(unknown)} of the file's {len(names)} grids are none of the network's, such as "
+        f"{unknown[0]}; please report this"
+    ]
 
 
 def _failures(

@@ -7,14 +7,14 @@ import tempfile
 from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
 from torch.cpu import get_capabilities
 
 from sparkir.data.codec import one_line
-from sparkir.deploy.card import read_card
+from sparkir.deploy.card import Card, read_card
 from sparkir.deploy.session import OnnxRuntimeSession, OpenVinoSession, Runtime, open_session
 from sparkir.errors import SparkirError
 from sparkir.models.facts import ModelFacts
@@ -58,12 +58,23 @@ class RuntimeNetwork(nn.Module):
         """
         super().__init__()
         self.session = open_session(model, runtime=runtime)
-        name = str(model) if isinstance(model, Path) else "the exported model"
-        self.facts = facts or read_card(self.session.metadata, name).facts
+        self._name = str(model) if isinstance(model, Path) else "the exported model"
+        self.card = None if facts else read_card(self.session.metadata, self._name)
+        self.facts = facts or cast("Card", self.card).facts
 
     def forward(self, lq: Tensor) -> Tensor:
-        """(N, C, H, W) -> (N, C, sH, sW), in the network's value range."""
-        return torch.from_numpy(self.session.run(lq.numpy())[0])
+        """(N, C, H, W) -> (N, C, sH, sW), in the network's value range.
+
+        Raises:
+            SparkirError: the runtime cannot compute it.
+        """
+        try:
+            return torch.from_numpy(self.session.run(lq.numpy())[0])
+        except Exception as error:  # each runtime raises its own, and they share no base
+            raise SparkirError(
+                f"{self._name} cannot compute an input of {tuple(lq.shape)}: "
+                f"{one_line(error)[:300]}"
+            ) from error
 
 
 @dataclass(frozen=True)

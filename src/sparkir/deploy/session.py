@@ -56,12 +56,15 @@ def open_session(
             f"{TITLES[runtime]} is not installed: "
             f'pip install "sparkir[{_EXTRAS[runtime]}]", or pip install {runtime} alone'
         )
+    if isinstance(model, Path) and not model.is_file():
+        raise SparkirError(f"there is no file {model}; check the path")
     opener = {"onnxruntime": OnnxRuntimeSession, "openvino": OpenVinoSession}[runtime]
     try:
         return cast("Session", opener(model, threads=threads))
     except Exception as error:  # each runtime raises its own, and they share no base
         name = model if isinstance(model, Path) else "the exported model"
-        reason = str(error).strip().partition("\n")[0]
+        lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+        reason = lines[-1 if runtime == "openvino" else 0] if lines else type(error).__name__
         raise SparkirError(f"{TITLES[runtime]} cannot open {name}: {reason}") from error
 
 

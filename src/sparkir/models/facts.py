@@ -155,7 +155,7 @@ def restore(network: nn.Module, lq: Float[Tensor, "b c h w"]) -> Float[Tensor, "
     """
     facts = facts_of(network)
     height, width = lq.shape[-2:]
-    padded = _pad_to_multiple(lq * facts.value_range, facts)
+    padded = pad_to_multiple(lq * facts.value_range, facts)
     restored: Tensor = network(padded)
     cropped = restored[..., : facts.scale * height, : facts.scale * width]
     return cropped / facts.value_range
@@ -184,7 +184,12 @@ def require_size(facts: ModelFacts, height: int, width: int) -> None:
             )
 
 
-def _pad_to_multiple(lq: Tensor, facts: ModelFacts) -> Tensor:
+def pad_to_multiple(lq: Tensor, facts: ModelFacts) -> Tensor:
+    """Reflect (b, c, h, w) at the bottom and right up to the network's size multiple.
+
+    Raises:
+        SparkirError: as `restore`.
+    """
     channels, height, width = lq.shape[-3:]
     if channels != facts.channels:
         raise SparkirError(

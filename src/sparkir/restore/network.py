@@ -6,15 +6,16 @@ import hashlib
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import cast
 
 import numpy as np
 
 from sparkir.data.degrade import bicubic_resize
-from sparkir.deploy.card import read_card
+from sparkir.deploy.card import Card, read_card
 from sparkir.deploy.session import RUNTIMES, TITLES, Runtime, Session, installed, open_session
 from sparkir.errors import SparkirError
 from sparkir.models.facts import ModelFacts, require_size
-from sparkir.quant.targets import TARGETS
+from sparkir.quant.targets import TARGETS, TargetName
 from sparkir.restore.memory import is_allocation_failure
 
 Run = Callable[[np.ndarray], np.ndarray]
@@ -35,6 +36,8 @@ class Restorer:
     """What messages call it."""
     identity: str
     """Known by this, its results are found again: a hash of all that decides what it computes."""
+    doubt: str = ""
+    """What is to be said of its results before they are made."""
 
     def __call__(self, pixels: np.ndarray) -> np.ndarray:
         """Restore (h, w, c) uint8 or uint16 to (s*h, s*w, c) float32 in the same levels.
@@ -100,8 +103,9 @@ class Restorer:
         expected = (1, channels, scale * padded.shape[0], scale * padded.shape[1])
         if restored.shape != expected:
             raise SparkirError(
-                f"{self.label}: its card says {channels} channels and x{scale}, but an input of "
-                f"{batch.shape} gives {restored.shape} instead of {expected}; export it again"
+                f"{self.label}: its facts say {channels} channels and x{scale}, but an input of "
+                f"{batch.shape} gives {restored.shape} instead of {expected}; mend them, or export "
+                "it again"
             )
         image = restored[0].transpose(1, 2, 0)[: scale * height, : scale * width]
         return np.asarray(image, np.float32) / np.float32(self.facts.value_range)
@@ -129,23 +133,59 @@ def open_exported(path: Path, runtime: str | None = None) -> Restorer:
     if known is None:
         raise SparkirError(f"--runtime {runtime!r}: choose one of {', '.join(RUNTIMES)}")
     session = _Reopening(path, known)
+    card = read_card(session.metadata, str(path))
+    doubt = _doubt(card, known)
     restorer = Restorer(
-        facts=read_card(session.metadata, str(path)).facts,
+        facts=card.facts,
         run=session,
         label=f"{path} in {TITLES[known]}",
-        identity=_hash_of(path),
+        identity=f"{_hash_of(path)}{f' {known}' * bool(doubt)}",
+        doubt=doubt,
     )
     _try_out(restorer, path)
     return restorer
 
 
 def runtime_for(path: Path) -> Runtime:
-    """What the card asks for, if it is installed; else what is."""
+    """What the card asks for, if it is installed and computes right here; else what is."""
     present = [name for name in RUNTIMES if installed(name)]
     if len(present) < 2:
         return present[0] if present else RUNTIMES[0]
     card = read_card(open_session(path, runtime=present[0]).metadata, str(path))
-    return next((t.runtime for name, t in TARGETS.items() if name == card.target), present[0])
+    wanted = _runtime_of(card) or present[0]
+    return RUNTIMES[0] if _saturates(card, wanted) else wanted
+
+
+def _runtime_of(card: Card) -> Runtime | None:
+    return next((t.runtime for name, t in TARGETS.items() if name == card.target), None)
+
+
+def _doubt(card: Card, runtime: Runtime) -> str:
+    """Why a runtime may show other pixels than the integer network has."""
+    if _saturates(card, runtime):
+        return (
+            "OpenVINO shows other pixels on this processor, an x86 without VNNI, unless trained "
+            "with quant.reduce_range = true; ONNX Runtime does not"
+        )
+    made_for = _runtime_of(card)
+    if made_for in (None, runtime) or card.target == "openvino":  # that one is right in both
+        return ""
+    return (
+        f"the file was made for {TARGETS[cast('TargetName', card.target)].title}; "
+        f"{TITLES[runtime]} may show slightly other pixels"
+    )
+
+
+def _saturates(card: Card, runtime: Runtime) -> bool:
+    """Whether 8-bit products would not fit; not known where there is no torch to ask."""
+    held = "reduce_range = true" in card.training.splitlines() or card.quantization == "float"
+    if runtime != "openvino" or held:
+        return False
+    try:
+        from sparkir.deploy.runtime import saturates
+    except ModuleNotFoundError:
+        return False
+    return saturates(runtime)
 
 
 class _Reopening:
