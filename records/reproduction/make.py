@@ -40,10 +40,6 @@ SELF = (
     "degraded,teacher,float,ptq,qat,truth,kd,kd-mse@1,kd-matched,fakd,slkd,"
     "constant:spark-paper,spark-paper,spark"
 )
-NOISE = (
-    "degraded,teacher,float,ptq,qat,truth,kd,kd-matched,kd-matched@10,"
-    "constant:spark-paper,spark-paper,truth:spark,constant:spark,spark"
-)
 TODAY = "degraded,teacher,ptq,qat,kd-matched,kd-matched@10,truth:spark,constant:spark,spark"
 LONG = "degraded,teacher,float,ptq,qat,spark"
 LOW_RATE = (
@@ -52,10 +48,6 @@ LOW_RATE = (
 )
 AS_ITS_TEACHER = (
     "degraded,teacher,float,ptq,qat,kd,kd-matched@10,spark-paper,truth:spark,constant:spark,spark"
-)
-TWICE = (
-    "degraded,teacher,float,ptq,qat,kd,kd-mse@1,kd-matched,kd-matched@10,fakd,slkd,"
-    "constant:spark-paper,spark-paper,truth:spark,constant:spark,random:spark,spark"
 )
 
 
@@ -95,20 +87,26 @@ POLYU_TEST_SCENES = (
     "Sony_4-5_125_3200_plant",
     "Sony_4_200_3200_door",
 )
-REAL_NOISE = Run(
-    "twin-mirnet-dncnn-sidd",
-    NOISE,
-    (
-        *POLYU,
-        "teacher.weights={out}/teacher-twin-mirnet-sidd/student.safetensors",
-        "student.weights={out}/float-twin-dncnn-sidd/student.safetensors",
-    ),
-    seeds=2,
-    before=(
-        ("teacher-twin-mirnet-sidd", *POLYU, "train.channels_last=true"),
-        ("float-twin-dncnn-sidd", *POLYU),
-    ),
-)
+
+
+def real_noise(start: str, *settings: str, seeds: int) -> Run:
+    """A student that begins as the float one of `start`, which was trained with `settings`."""
+    return Run(
+        "twin-mirnet-dncnn-sidd",
+        f"{ROWS},dckd",
+        (
+            *POLYU,
+            "teacher.weights={out}/teacher-twin-mirnet-sidd/student.safetensors",
+            f"student.weights={{out}}/{start}/student.safetensors",
+        ),
+        seeds=seeds,
+        before=(
+            ("teacher-twin-mirnet-sidd", *POLYU, "train.channels_last=true"),
+            ("float-twin-dncnn-sidd", *POLYU, *settings),
+        ),
+    )
+
+
 FROM_ITS_TEACHER = (
     "student.weights=teacher",
     "train.steps=300",
@@ -142,12 +140,8 @@ RUNS: dict[str, Run] = {
         seeds=2,
         before=(("teacher-twin-mirnet-lol", *LOW_LIGHT, "train.channels_last=true"),),
     ),
-    "polyu-dncnn": REAL_NOISE,
-    "polyu-dncnn-first": replace(
-        REAL_NOISE,
-        methods=f"kd-mse@1,fakd,slkd,random:spark-paper,random:spark,{NOISE}",
-        seeds=1,
-    ),
+    "polyu-dncnn": real_noise("float-twin-dncnn-sidd-seed-1", "seed=1", seeds=2),
+    "polyu-dncnn-worse-start": real_noise("float-twin-dncnn-sidd", seeds=1),
     "polyu-mirnet": Run(
         "twin-mirnet-mirnet-sidd",
         AS_ITS_TEACHER,
@@ -161,9 +155,9 @@ RUNS: dict[str, Run] = {
     ),
     "rfdn-x2-w8a8": Run(
         "twin-rfdn-rfdn-x2",
-        TWICE,
+        f"{ROWS},dckd",
         (*PAIRS, "train.steps=300", "train.compile=true", "train.teacher_cache=true"),
-        seeds=1,
+        seeds=2,
         more_tests=URBAN20,
     ),
     "rfdn-x4-w4a4": Run(
@@ -267,8 +261,9 @@ def split_by_scene(pairs: Path, made: Path) -> None:
 
 
 def train(recipe: str, settings: Sequence[str], places: dict[str, Path]) -> None:
-    """A float network, once."""
-    folder = places["out"] / recipe
+    """A float network, once; with another seed than its recipe's, in a folder that says so."""
+    seeds = [text.replace("=", "-") for text in settings if text.startswith("seed=")]
+    folder = places["out"] / "-".join([recipe, *seeds])
     if (folder / "report.md").is_file():
         return
     resume = ("--resume",) if folder.is_dir() else ()

@@ -5,7 +5,7 @@ import torch
 from tapped import Tapped, lq_images, quantized
 from torch import nn
 
-from sparkir.distill.features import at_one_size, observe, paired_taps
+from sparkir.distill.features import _without_padding, at_one_size, observe, paired_taps
 from sparkir.errors import SparkirError
 from sparkir.models.facts import ModelFacts, restore
 from sparkir.models.registry import build
@@ -169,3 +169,9 @@ def test_maps_of_two_sizes_meet_at_the_smaller():
     assert [m.item() for m in at_one_size(large, small)] == [4, 10]
     assert [m.item() for m in at_one_size(small, large)] == [10, 4]
     assert at_one_size(large, large)[0] is large
+
+
+def test_a_row_that_is_partly_the_images_counts():
+    """8.5 of the 10 rows of a feature whose image was padded from 17 to 20 rows: 9, and not 8."""
+    assert _without_padding(10, 17, 4) == 9
+    assert _without_padding(20, 17, 4) == 17

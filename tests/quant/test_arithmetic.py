@@ -10,6 +10,7 @@ from slow_reference import FAKE_QUANTIZE, rounded
 
 from sparkir.quant.arithmetic import (
     Accumulated,
+    Average,
     Product,
     Quantized,
     Sum,
@@ -340,3 +341,10 @@ def test_gradients_through_a_second_rounding_are_fake_quantizations(learned):
     x, first, second = exact
     y = fake(fake(x, first, -128, 127), second, -4, 11)
     compare_gradients(found.dequantize(), leaves, y, exact)
+
+
+def test_a_mean_over_a_large_image_counts_every_whole_number():
+    """Where float32 would skip some."""
+    ints = torch.randint(128, 256, (1, 1, 1000, 1000)).float()
+    average = Average(ints, torch.tensor(1.0), torch.tensor(0.0), pixels=10**6)
+    assert torch.equal(average.sums(), ints.double().sum((2, 3), keepdim=True).float())

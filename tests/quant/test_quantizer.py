@@ -12,13 +12,14 @@ from toys import unit_grid
 
 from sparkir.quant.arithmetic import (
     Accumulated,
+    Average,
     Product,
     Quantized,
     Sum,
     exact_rounding,
     quantize,
 )
-from sparkir.quant.layers import QuantConv2d
+from sparkir.quant.layers import Concatenate, QuantConv2d
 from sparkir.quant.quantizer import ActivationQuantizer, WeightQuantizer, scale_gradient
 from sparkir.quant.ranges import RangeObserver
 from sparkir.quant.reference import IntegerQuantizer
@@ -163,8 +164,9 @@ CONVOLUTION = Accumulated(
         (Sum(operand((2, 3, 4, 5)), operand((2, 3, 4, 5))), 120),
         (Product(operand((2, 3, 4, 5)), operand((2, 3, 1, 1))), 120),
         (Product(operand((2, 1, 4, 5)), operand((2, 3, 1, 1))), 120),
+        (Average(operand((2, 3, 4, 5)).ints, torch.tensor(9.1), torch.tensor(0.0), 20), 6),
     ],
-    ids=["tensor", "grid", "convolution", "sum", "gate", "outer product"],
+    ids=["tensor", "grid", "convolution", "sum", "gate", "outer product", "average"],
 )
 def test_the_gradient_scale_counts_every_value(value, count):
     """Whatever operation made the tensor; otherwise additions would learn at another rate."""
@@ -388,3 +390,21 @@ def test_the_bias_is_an_integer_on_the_grid_of_the_sums(training):
     assert torch.equal(weight, layer.weight_quantizer(layer.weight)[0])
     (bias * scale).sum().backward()
     torch.testing.assert_close(layer.bias.grad, torch.ones(4))
+
+
+def test_a_concatenations_step_learns_from_every_part():
+    """Of unlike size, for each of which LSQ's factor is another; readers know the first part's."""
+    small, large = torch.randn(1, 1, 4, 4), torch.randn(1, 7, 4, 4)
+
+    def gradient(read) -> float:
+        quantizer = unit_grid(bits=4)
+        read(quantizer, quantizer(small), quantizer(large))
+        return float(quantizer.log_scale.grad)
+
+    def together(quantizer, *parts):
+        Concatenate(1)(*parts).dequantize().square().sum().backward()
+
+    def apart(quantizer, *parts):
+        sum(part.dequantize().square().sum() for part in parts).backward()
+
+    assert gradient(together) == pytest.approx(gradient(apart), rel=1e-5)

@@ -1,6 +1,7 @@
 """Where grids start: against brute force, and at the edges."""
 
 import copy
+import math
 
 import numpy as np
 import pytest
@@ -343,3 +344,13 @@ def test_a_layer_of_zeros_gets_steps(method):
     step = fit_weight_scale(torch.zeros(4, 3, 3, 3), bits=4, method=method)
     assert (step > 1e-6).all()
     assert torch.isfinite(step.log()).all()
+
+
+def test_a_power_of_two_has_an_even_zero_point_at_either_end():
+    """Of values that are all below zero, too, whose best zero point would be the last level."""
+    for sign in (-1, 1):
+        observer = observed(sign * torch.linspace(0, 1, 5001))
+        options = {"symmetric": False, "non_negative": False, "power_of_two": True}
+        step, zero = fit_grid(observer, bits=8, method="minmax", **options)
+        assert math.log2(step).is_integer()
+        assert zero % 2 == 0

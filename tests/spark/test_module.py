@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn, optim
 
 from sparkir import Spark, SparkirError
+from sparkir.spark.counterfactual import Seen, steps_of_the_output
 from sparkir.spark.distance import MAPS, shared_maps
 from sparkir.spark.reward import reward
 from sparkir.spark.trust import Trust
@@ -618,6 +619,15 @@ class TestLearns:
                 spark.learn()
             found.append(self.preference(spark, (lq, gt, gt)))
         assert abs(statistics.fmean(found)) < 0.1
+
+
+def test_the_step_of_the_output_is_a_tenth_of_the_error(images):
+    """Of each image, so that a reward is of one size however near the student is."""
+    student, teacher, target = images
+    seen = Seen(student, teacher, target, torch.rand(len(student), 1, 16, 16))
+    moved = steps_of_the_output(seen, MAPS["mse"]).without - student
+    size, error = (x.abs().mean((1, 2, 3)) for x in (moved, target - student))
+    torch.testing.assert_close(size, 0.1 * error)
 
 
 class TestMistakes:

@@ -38,6 +38,16 @@ def test_means_are_running_and_of_every_image():
     assert trust.means[1].item() == pytest.approx(0.3**2 / 2, rel=0.03)
 
 
+def test_what_it_remembers_is_a_mean_first_and_then_of_fifty_batches():
+    trust, expected = Trust(), 0.0
+    shown = torch.zeros(1, 1, 2, 2)
+    for step in range(1, 121):
+        value = 0.1 + 0.3 * (step % 7)
+        trust.follow(shown, shown + value, shown)
+        expected += max(1 / step, 0.02) * (value**2 - expected)
+    assert trust.means[1].item() == pytest.approx(expected, rel=1e-4)
+
+
 @pytest.mark.parametrize("noise", [0.01, 0.1, 1.0])
 def test_the_truths_noise_is_no_fault_of_the_teachers(noise):
     """A teacher that is right is believed, however noisy the truth it is compared with."""

@@ -8,7 +8,7 @@ import torch
 from torch.distributions import Normal
 
 from sparkir.errors import SparkirError
-from sparkir.spark.difficulty import FEATURES, Standardize, difficulty_maps, rightness
+from sparkir.spark.difficulty import FEATURES, Standardize, difficulty_maps, rightness, to_cells
 from sparkir.spark.trust import Trust
 from sparkir.spark.weighting import (
     Confidence,
@@ -328,6 +328,12 @@ class TestSparkPaper:
         assert sigmas[0.0] == pytest.approx(0.2)
         assert sigmas[-0.01] < 0.199 < 0.201 < sigmas[0.01]
 
+    def test_its_mean_is_kept_to_the_range_too(self, images):
+        spark = SparkPaper().eval()
+        for bias, weight in ((1.5, 1.0), (-1.5, 0.0)):
+            torch.nn.init.constant_(spark.policy.body[-1].bias, bias)
+            assert (spark(*images) == weight).all()
+
     def test_one_image_has_nothing_to_be_compared_with(self, images):
         spark = SparkPaper().train()
         spark(*(x[:1] for x in images))
@@ -404,6 +410,28 @@ class TestSpark:
         assert (spark.eval()(*images) == 1).all()
         weights = spark.train()(*images)
         assert (weights == spark.trust.value).all()
+
+    def test_w_is_a_share(self, images):
+        """However uneven the allocation, no cell is given more than all of it."""
+        spark = Spark()
+        with torch.no_grad():
+            for parameter in spark.policy.body.parameters():
+                parameter += 0.3 * torch.randn_like(parameter)
+        weights = spark.eval()(*images)
+        assert weights.std() > 0
+        assert 0 <= weights.min() < weights.max() <= 1
+
+    def test_the_policy_sees_four_signals_and_the_teachers_error(self, images, monkeypatch):
+        seen = []
+        spark = Spark().train()
+        monkeypatch.setattr(
+            spark.standardize, "forward", lambda maps: seen.append(maps) or torch.zeros_like(maps)
+        )
+        spark(*images)
+        student, teacher, target = images
+        error = to_cells((teacher - target).abs().mean(1, keepdim=True), 8).mean(-1)
+        expected = torch.cat([difficulty_maps(student, teacher, target), error], 1)
+        assert torch.equal(seen[0], expected)
 
     def test_the_trust_follows_every_batch_of_training(self, images):
         spark, trust = Spark().train(), Trust()

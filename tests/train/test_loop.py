@@ -449,3 +449,32 @@ class TestEvaluation:
         for values in (plain, found):
             del values["best"]
         assert_same(found, plain)
+
+
+def test_a_source_learns_from_student_teacher_and_truth_in_this_order(tmp_path, monkeypatch):
+    run = small_run(tmp_path, source="spark", steps=1)
+    made, given = [], []
+    forward, learn = type(run.task).forward, run.task.weighting.learn_from
+    monkeypatch.setattr(type(run.task), "forward", lambda *x: made.append(forward(*x)) or made[-1])
+    monkeypatch.setattr(run.task.weighting, "learn_from", lambda *x: given.append(x) or learn(*x))
+    run.train()
+    (losses,), ((student, teacher, truth),) = made, given
+    assert torch.equal(student, losses.output)
+    assert torch.equal(teacher, losses.teacher)
+    assert torch.equal(truth, losses.gt)
+    assert not torch.equal(teacher, truth)
+
+
+def test_the_deviation_that_is_logged_is_that_of_every_pixels_weight(tmp_path, monkeypatch):
+    """And not of the images' means: what a random control is matched to."""
+    run = small_run(tmp_path, source="constant", steps=1)
+
+    def halves(student, teacher, target):
+        weights = torch.zeros(len(student), 1, *student.shape[-2:])
+        weights[..., ::2] = 1
+        return weights
+
+    monkeypatch.setattr(run.task.weighting, "forward", halves)
+    (step,) = run.train().of_kind("step")
+    assert step["mean_weight"] == pytest.approx(0.5)
+    assert step["weight_deviation"] == pytest.approx(0.5, rel=0.01)

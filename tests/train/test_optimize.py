@@ -141,3 +141,13 @@ class TestAverage:
 
 def test_fast_precision_knows_this_machine():
     assert fast_precision(torch.device("cpu")) in (True, False)
+
+
+def test_an_average_has_the_students_own_statistics():
+    """Those of batches are running means already, and others' cannot be averaged."""
+    student = nn.Sequential(nn.Conv2d(3, 4, 1), nn.BatchNorm2d(4))
+    average = build_average(student, 0.9)
+    for step in range(3):
+        student(torch.randn(2, 3, 4, 4) + step)
+        average.update_parameters(student)
+    assert torch.equal(average.module[1].running_mean, student[1].running_mean)
