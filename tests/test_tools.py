@@ -27,7 +27,7 @@ from sparkir.quant.arithmetic import rounds_exactly
 from sparkir.quant.reference import freeze
 from sparkir.recipe import WeightingChoice
 from sparkir.restore.engine import Engine
-from sparkir.spark.weighting import Confidence, SparkPaper, weightings
+from sparkir.spark.weighting import Confidence, SparkPaper, options_of, weightings
 from sparkir.tools import Opened, evaluation_setup, open_model, restorer_of
 
 pytest_plugins = ["helpers"]
@@ -282,8 +282,8 @@ def test_every_weighting_names_its_options(name):
     text = str(caught.value)
     assert f"weighting {name!r} has no option 'nonsense'" in text
     known = text.partition("may hold: ")[2].split(", ")
-    assert (known == ["nothing"]) == (name == "confidence")
-    for option in known if name != "confidence" else ():
+    assert known == (list(options_of(name)) or ["nothing"])
+    for option in options_of(name):
         value = 4 if option in ("grid", "reward_every") else 0.5
         weighting_of(WeightingChoice(name=name, options={option: value}))
 

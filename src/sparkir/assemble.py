@@ -412,7 +412,7 @@ def _require_fit(role: str, network: nn.Module, scale: int) -> None:
     if facts.scale != scale:
         raise SparkirError(
             f"the {role} restores x{facts.scale}, but the data is x{scale}; "
-            f"set {role}.options.scale or data.scale"
+            f"set {role}.options.scale or data.scale, or choose a network of that scale"
         )
     side = -(-max(_TRIAL_PX, facts.min_size_px) // facts.size_multiple) * facts.size_multiple
     given, expected = ((1, facts.channels, size, size) for size in (side, scale * side))

@@ -296,3 +296,17 @@ def test_calibrating_again_changes_the_frozen_network():
         calibrate(student, [x * 0.1])
         assert torch.equal(frozen(x), before)
         assert not torch.equal(freeze(student)(x), before)
+
+
+def test_sums_of_values_far_below_zero_are_counted_exactly_too():
+    """With a zero point of 255 the farthest value is 255 steps away, and not 0."""
+    source = unit_grid(bits=8)
+    with torch.no_grad():
+        source.zero_point.fill_(255.0)
+    source.load_state_dict(source.state_dict())
+    layer = QuantLinear(nn.Linear(1000, 1), bits=8, learned="lsq")
+    with torch.no_grad():
+        layer.weight.fill_(1.0)
+    layer.weight_quantizer.calibrate(layer.real_weight(), "minmax")
+    frozen = IntegerLinear(layer, "far", IntegerQuantizer(source))
+    assert frozen.in_halves or frozen.compute_type == torch.float64

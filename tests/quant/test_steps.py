@@ -114,6 +114,23 @@ def test_every_step_is_restricted_as_its_reader_needs(target):
     assert bool(loose) == (target == "openvino")
 
 
+@pytest.mark.parametrize("case", CASES.values(), ids=CASES)
+def test_what_a_layer_reads_whose_sums_flow_on_has_a_power_of_two_for_its_step(case):
+    """Its sums are then whole parts of the next grid's step; the image's grid is 1/255 anyway."""
+    network = case.network()
+    student = prepare(network, QuantSpec(target="openvino"))
+    calibrate(student, [images(network)])
+    modules = dict(student.named_modules())
+    for node in student.graph.nodes:
+        layer = modules.get(str(node.target))
+        if isinstance(layer, QuantLayer) and layer.flows_to:
+            source = node.all_input_nodes[0]
+            while not isinstance(modules.get(str(source.target)), ActivationQuantizer):
+                source = source.all_input_nodes[0]
+            is_image = source.all_input_nodes[0].op == "placeholder"
+            assert is_image or modules[str(source.target)].power_of_two
+
+
 def test_without_such_a_target_steps_are_free():
     student = prepare(CASES["residual"].network(), QuantSpec())
     for module in student.modules():
