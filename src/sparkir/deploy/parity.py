@@ -172,7 +172,7 @@ def require_parity(parity: Parity) -> None:
 def _unmatched(names: Sequence[str], found: Mapping[str, LayerParity]) -> list[str]:
     """The file's grids that were compared with nothing: they have other names, by some mistake."""
     unknown = [name for name in names if name not in found]
-    if not unknown and (found or not names):
+    if not unknown:
         return []
     return [
         f"{len(unknown)} of the file's {len(names)} grids are none of the network's, such as "

@@ -54,9 +54,7 @@ def load_weights(network: nn.Module, path: Path) -> None:
     state = read_weights(path)
     translate = getattr(network, "from_published", None)
     if translate is not None:
-        with suppress(
-            LookupError, RuntimeError
-        ):  # keys or shapes that it expects are not there: a mismatch
+        with suppress(LookupError, RuntimeError):  # of keys or shapes that are not there
             state = translate(state)
     _require_match(state, network.state_dict(), path)
     network.load_state_dict(state)
