@@ -72,19 +72,22 @@ def matched_random(record: WeightRecord, *, grid: int) -> dict[str, int | float]
     """The options with which the source `random` has the record's mean and deviation.
 
     They are not the record's own: clamping to [0, 1] moves the mean, and enlarging the grid
-    to pixels averages neighbours. Both are undone by trial, on one draw of many maps.
+    to pixels averages neighbours. Both are undone by trial, on one draw of many maps. A cell is
+    known by its options, so that they are the same on any machine, by any number of threads:
+    sums are of float64, and the last digits are left out.
 
     Raises:
         SparkirError: no W of that source can be like it, as when its mean is above 1.
     """
     noise = torch.randn((_MAPS, 1, grid, grid), generator=torch.Generator().manual_seed(0))
+    noise = noise.double()
     noise = (noise - noise.mean()) / noise.std()
     mean, sigma = record.mean, record.deviation
     for _ in range(_ROUNDS):
         found, scatter = _drawn(noise, mean, sigma)
         off = max(abs(record.mean - found), abs(record.deviation - scatter))
         if off < _TOLERANCE * max(record.deviation, _TOLERANCE):
-            return {"mean": mean, "sigma": sigma, "grid": grid}
+            return {"mean": round(mean, 7), "sigma": round(sigma, 7), "grid": grid}
         mean += record.mean - found
         sigma *= record.deviation / max(scatter, 1e-12)
         if not (abs(mean) < _FAR and sigma < _FAR):
