@@ -686,7 +686,7 @@ def test_evaluating_no_images(refused, project, data):
         (["esdr"], ["no run or file esdr", "did you mean 'edsr'?"]),
         (["runs/gone"], ["no run or file runs/gone"]),
         (["gone.safetensors"], ["no student at gone.safetensors"]),
-        (["gone.onnx"], ["cannot open gone.onnx"]),
+        (["gone.onnx"], ["there is no file gone.onnx; check the path"]),
         (["train"], ["train is no run folder", "sparkir distill"]),
         ([*EDSR, "--option", "scale"], ["--option takes name=value"]),
         ([*EDSR, "--option", "scales=2"], ["no option 'scales'"]),

@@ -285,8 +285,7 @@ def test_export_writes_the_same_file_again(finished, project):
     first_card = (finished.folder / "student.md").read_text("utf-8")
     assert "int8 kernel |" in first_card
     (told,) = [line for line in first_card.splitlines() if line.startswith("| measured")]
-    kept = told.partition(", mean of")[0]
-    assert kept + " |" in Path("again.md").read_text("utf-8")
+    assert told in Path("again.md").read_text("utf-8")
     again, first = (onnx.load(p) for p in ("again.onnx", finished.folder / "student.onnx"))
     assert len(first.graph.initializer) > 10
     assert again.graph.initializer == first.graph.initializer

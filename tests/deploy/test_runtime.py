@@ -43,9 +43,10 @@ def test_a_file_without_facts_is_refused(dncnn):
 def test_what_is_no_model_is_refused(tmp_path, dncnn):
     missing, cut = tmp_path / "missing.onnx", tmp_path / "cut.onnx"
     cut.write_bytes(dncnn.content[:1000])
-    for path in (missing, cut):
-        with pytest.raises(SparkirError, match=rf"cannot open .*{path.name}"):
-            RuntimeNetwork(path)
+    with pytest.raises(SparkirError, match=r"there is no file .*missing.onnx; check the path"):
+        RuntimeNetwork(missing)
+    with pytest.raises(SparkirError, match=r"cannot open .*cut.onnx"):
+        RuntimeNetwork(cut)
     with pytest.raises(SparkirError, match="cannot open the exported model"):
         RuntimeNetwork(b"no model")
 

@@ -10,11 +10,12 @@ from small_networks import NETWORKS, facts, integer_model, network
 
 from helpers import call, photo, save_image
 from sparkir.data.degrade import bicubic_resize
+from sparkir.deploy.runtime import saturates
 from sparkir.errors import SparkirError
 from sparkir.evaluate.infer import restore_image
 from sparkir.models.facts import ModelFacts
 from sparkir.restore.engine import Engine
-from sparkir.restore.network import Restorer, open_exported, runtime_for
+from sparkir.restore.network import Restorer, lacks_vnni, open_exported, runtime_for
 from sparkir.restore.tiles import restore_tiled, tiling_for
 from sparkir.tools import open_model
 
@@ -271,6 +272,10 @@ def test_in_another_runtime_than_it_was_made_for(model_file, tmp_path, monkeypat
     assert (said.code, said.err) == (0, "")
 
 
+def test_both_ways_to_ask_the_processor_agree():
+    assert lacks_vnni() == saturates("openvino")
+
+
 def test_openvino_is_not_chosen_where_its_products_saturate(model_file, tmp_path, monkeypatch):
     pytest.importorskip("openvino")
     model = onnx.load(model_file("edsr"))
@@ -278,9 +283,7 @@ def test_openvino_is_not_chosen_where_its_products_saturate(model_file, tmp_path
     onnx.helper.set_model_props(model, said)
     onnx.save(model, tmp_path / "m.onnx")
     for here, chosen in ((False, "openvino"), (True, "onnxruntime")):
-        monkeypatch.setattr(
-            "sparkir.deploy.runtime.saturates", lambda name, here=here: here and name == "openvino"
-        )
+        monkeypatch.setattr("sparkir.restore.network.lacks_vnni", lambda here=here: here)
         assert runtime_for(tmp_path / "m.onnx") == chosen
         assert ("without VNNI" in open_exported(tmp_path / "m.onnx", "openvino").doubt) == here
     onnx.helper.set_model_props(model, said | {"training": "[quant]\nreduce_range = true\n"})

@@ -177,15 +177,22 @@ def _doubt(card: Card, runtime: Runtime) -> str:
 
 
 def _saturates(card: Card, runtime: Runtime) -> bool:
-    """Whether 8-bit products would not fit; not known where there is no torch to ask."""
+    """Whether sums of two 8-bit products would not fit; see `deploy.runtime.saturates`."""
     held = "reduce_range = true" in card.training.splitlines() or card.quantization == "float"
-    if runtime != "openvino" or held:
-        return False
+    return runtime == "openvino" and not held and lacks_vnni()
+
+
+def lacks_vnni() -> bool:
+    """Whether this is an x86 without VNNI, by what Linux says; elsewhere it is not known.
+
+    Without torch, which `deploy.runtime` asks.
+    """
     try:
-        from sparkir.deploy.runtime import saturates
-    except ModuleNotFoundError:
+        text = Path("/proc/cpuinfo").read_text("utf-8", errors="replace")
+    except OSError:
         return False
-    return saturates(runtime)
+    flags = next((line.split() for line in text.splitlines() if line.startswith("flags")), [])
+    return "sse2" in flags and not {"avx512_vnni", "avx_vnni"} & set(flags)
 
 
 class _Reopening:
