@@ -238,14 +238,15 @@ def main() -> None:
         for recipe, *settings in run.before:
             train(recipe, settings, places)
         methods = ("--methods", run.methods, "--seeds", str(run.seeds), "--out", made)
-        settings = written(run.settings, places)
+        settings = [text.format(**places) for text in run.settings]
         tests = [test.format(**places) for test in run.more_tests]
         if chosen.go_on and not made.exists():
-            take_up(HERE / name, made, run.recipe, settings[1::2], tests)
-        settings += [word for test in tests for word in ("--test", test)]
+            take_up(HERE / name, made, run.recipe, settings, tests)
+        options = written(run.settings, places)
+        options += [word for test in tests for word in ("--test", test)]
         for baseline in (*BASELINES, "qat"):  # once they are trained, this only writes the tables
             if baseline in run.methods.split(","):
-                sparkir("compare", run.recipe, *settings, *methods, "--baseline", baseline)
+                sparkir("compare", run.recipe, *options, *methods, "--baseline", baseline)
                 to = made / f"to-{re.sub('[:@]', '-', baseline)}.md"
                 to.write_text((made / "comparison.md").read_text("utf-8"), "utf-8")
         keep(made, HERE / name, places)

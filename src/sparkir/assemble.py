@@ -87,22 +87,14 @@ def open_pairs(
     return pairs
 
 
-def _tested_in_training(data: Data) -> Iterator[str]:
+def _tested_in_training(train: PairStore, test: PairStore) -> Iterator[str]:
     """What is to be said of test images that are among the training images."""
-    trained = {path.resolve() for path in _clean_paths(data, data.train, "train")}
-    tested = {path.resolve() for path in _clean_paths(data, data.test, "test")}
+    trained, tested = ({path.resolve() for path in pairs.sources} for pairs in (train, test))
     if both := sorted(trained & tested):
         yield (
             f"{len(both)} of the {len(tested)} test images are trained on, {both[0]} among them: "
             "what is measured says nothing of other images"
         )
-
-
-def _clean_paths(data: Data, where: str, split: Split) -> list[Path]:
-    _require_here(where, split)
-    if data.degradation == "pairs":
-        return [pair.target for pair in pair_files(folder_of(where, split), split)]
-    return _image_paths(where, split)
 
 
 def _image_paths(where: str, split: Split) -> list[Path]:
@@ -366,10 +358,10 @@ def gather(recipe: Recipe, report: Report = silent) -> Materials:
         )
     require_channels(recipe.data, facts_of(student), "student")
     _require_alike(student, teacher)
-    for message in _tested_in_training(recipe.data):
-        report({"kind": "warning", "message": message})
     train_pairs = open_pairs(recipe.data, recipe.data.train, report, split="train")
     test_pairs = open_pairs(recipe.data, recipe.data.test, report)
+    for message in _tested_in_training(train_pairs, test_pairs):
+        report({"kind": "warning", "message": message})
     require_measurable(test_pairs, convention_of(recipe))
     _require_sizes("student", student, recipe.data.patch_px, test_pairs)
     if teacher is not None:

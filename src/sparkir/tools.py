@@ -49,7 +49,7 @@ from sparkir.deploy.contenders import (
 from sparkir.deploy.onnx import require_onnx, to_float_onnx, to_onnx, write_model
 from sparkir.deploy.results import Benchmark, Plan
 from sparkir.deploy.runtime import RuntimeNetwork
-from sparkir.deploy.session import TITLES
+from sparkir.deploy.session import TITLES, cannot_compute
 from sparkir.errors import SparkirError
 from sparkir.evaluate.infer import device_of, evaluating
 from sparkir.evaluate.metrics import Convention
@@ -200,9 +200,7 @@ def restorer_of(opened: Opened) -> Restorer:
         except (RuntimeError, ValueError, TypeError, IndexError) as error:
             if is_allocation_failure(error):
                 raise
-            raise SparkirError(
-                f"{opened.label} cannot compute an input of {lq.shape}: {one_line(error)[:300]}"
-            ) from error
+            raise cannot_compute(opened.label, lq.shape, error) from error
 
     return Restorer(
         facts=facts_of(network), run=run, label=opened.label, identity=network_hash(network)

@@ -673,12 +673,16 @@ def test_a_control_of_a_spark_that_is_gone(copied):
     assert "delete made/seed-1/constant-spark-paper to make it again" in said
 
 
-def test_another_teacher_than_the_finished_cells_had(copied):
-    shutil.rmtree(copied / "made/seed-0/kd")
+def refuse_under_another_teacher(folder: Path) -> str:
     torch.manual_seed(1)
     teacher = build("edsr", **RECIPE["teacher"]["options"])
-    sparkir.assemble.save_weights(teacher, copied / "teacher.safetensors", {})
-    said = refuse_again(copied)
+    sparkir.assemble.save_weights(teacher, folder / "teacher.safetensors", {})
+    return refuse_again(folder)
+
+
+def test_another_teacher_than_the_finished_cells_had(copied):
+    shutil.rmtree(copied / "made/seed-0/kd")
+    said = refuse_under_another_teacher(copied)
     assert (
         "not what the finished methods in made/seed-0 had: the student's first weights, the tea"
         in said
@@ -687,10 +691,7 @@ def test_another_teacher_than_the_finished_cells_had(copied):
 
 def test_another_teacher_than_the_finished_seeds_had(copied):
     shutil.rmtree(copied / "made/seed-1")
-    torch.manual_seed(1)
-    teacher = build("edsr", **RECIPE["teacher"]["options"])
-    sparkir.assemble.save_weights(teacher, copied / "teacher.safetensors", {})
-    said = refuse_again(copied)
+    said = refuse_under_another_teacher(copied)
     assert "not what the finished methods in made/seed-0 had: the teacher. New ones could" in said
 
 

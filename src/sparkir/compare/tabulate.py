@@ -61,8 +61,7 @@ def tabulate(
         SparkirError: the cells of a seed did not see the same data.
     """
     _require_same_data(cells)
-    for name in sets:
-        _require_same_images(cells, name)
+    contents = {name: content for name in sets if (content := _content(cells, name))}
     recipe = cells[0].base
     notes = _common_notes(recipe, methods, cells, baseline, failures)
     tables = []
@@ -79,7 +78,7 @@ def tabulate(
                 notes=_statistics_notes(lines, title, baseline),
             )
         )
-    files = _write(folder, recipe, tables, notes, cells)
+    files = _write(folder, recipe, tables, notes, cells, contents)
     return Comparison(folder=folder, tables=tables, notes=notes, files=files)
 
 
@@ -96,19 +95,20 @@ def _require_same_data(cells: Sequence[Cell]) -> None:
             )
 
 
-def _require_same_images(cells: Sequence[Cell], test_set: str) -> None:
-    """Check that all were scored on the same pixels; of older scores it is not known."""
-    if len(_contents(cells, test_set)) > 1:
+def _content(cells: Sequence[Cell], test_set: str) -> str:
+    """The hash of the pixels that all were scored on; empty where only older scores are.
+
+    Raises:
+        SparkirError: they were scored on different ones.
+    """
+    scores = (cell.scores(test_set) or {} for cell in cells)
+    found = {score["content"] for score in scores if "content" in score}
+    if len(found) > 1:
         raise SparkirError(
             f"the images of {test_set} have changed since some methods were scored; delete the "
             f"comparison's seed-*/*/scores/{test_set}.json to score all again"
         )
-
-
-def _contents(cells: Sequence[Cell], test_set: str) -> list[str]:
-    """The hashes of the pixels that these cells were scored on: one, if all is well."""
-    scores = (cell.scores(test_set) or {} for cell in cells)
-    return sorted({found["content"] for found in scores if "content" in found})
+    return next(iter(found), "")
 
 
 def _entry(method: Method, own: Sequence[Cell], cells: Sequence[Cell], test_set: str) -> Entry:
@@ -240,6 +240,7 @@ def _write(
     tables: Sequence[SetTable],
     notes: Sequence[str],
     cells: Sequence[Cell],
+    contents: Mapping[str, str],
 ) -> dict[str, Path]:
     sets = [table.name for table in tables]
     values = {
@@ -248,7 +249,7 @@ def _write(
         "tables": [asdict(table) for table in tables],
         "notes": list(notes),
         "starts": {cell.seed: start for cell in cells if (start := cell.start())},
-        "images": {name: content for name in sets for content in _contents(cells, name)[:1]},
+        "images": contents,
         "cells": [_cell_values(cell, sets) for cell in cells],
     }
     texts = {

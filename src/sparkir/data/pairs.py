@@ -31,6 +31,7 @@ class PairStore:
         names: of the pairs; of one made from files, what its images are called.
         scale: side of gt / side of lq, exactly, for every pair.
         skipped: one message for each file that could not be read.
+        sources: the ground truths' files.
         inputs: for people, what the network is given.
         identity: files and degradation in one word; "" if degraded images are drawn anew each time.
     """
@@ -43,6 +44,7 @@ class PairStore:
         lq: Sequence[UInt8[np.ndarray, "_h _w 3"]] | Degradation,
         scale: int,
         skipped: Sequence[str] = (),
+        sources: Sequence[Path] = (),
         inputs: str = "as given",
         identity: str = "",
     ) -> None:
@@ -51,6 +53,7 @@ class PairStore:
         self.names = tuple(names)
         self.scale = scale
         self.skipped = tuple(skipped)
+        self.sources = tuple(sources)
         self.inputs, self.identity = inputs, identity
         self._gt = tuple(gt)
         # Asked once: whether an object follows a protocol takes as long as cutting a crop.
@@ -89,7 +92,7 @@ class PairStore:
                 )
         gt = [mod_crop(image, scale) for image in images]
         options: dict[str, Any] = {"names": images.names, "gt": gt, "scale": scale}
-        options |= {"skipped": images.skipped, "inputs": str(degradation)}
+        options |= {"skipped": images.skipped, "sources": paths, "inputs": str(degradation)}
         if not degradation.fixed:
             return cls(lq=degradation, **options)
         lq = _degraded(images, degradation, progress)
@@ -139,6 +142,7 @@ class PairStore:
             lq=[lq[name] for name in gt],
             scale=scale,
             skipped=skipped,
+            sources=[pair.target for pair in files],
             identity=f"{inputs.folder.name} {targets.folder.name}",
         )
 

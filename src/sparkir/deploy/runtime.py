@@ -15,7 +15,13 @@ from torch.cpu import get_capabilities
 
 from sparkir.data.codec import one_line
 from sparkir.deploy.card import Card, read_card
-from sparkir.deploy.session import OnnxRuntimeSession, OpenVinoSession, Runtime, open_session
+from sparkir.deploy.session import (
+    OnnxRuntimeSession,
+    OpenVinoSession,
+    Runtime,
+    cannot_compute,
+    open_session,
+)
 from sparkir.errors import SparkirError
 from sparkir.models.facts import ModelFacts
 
@@ -71,10 +77,7 @@ class RuntimeNetwork(nn.Module):
         try:
             return torch.from_numpy(self.session.run(lq.numpy())[0])
         except Exception as error:  # each runtime raises its own, and they share no base
-            raise SparkirError(
-                f"{self._name} cannot compute an input of {tuple(lq.shape)}: "
-                f"{one_line(error)[:300]}"
-            ) from error
+            raise cannot_compute(self._name, lq.shape, error) from error
 
 
 @dataclass(frozen=True)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from functools import cache
 from importlib.util import find_spec
 from pathlib import Path
@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, Literal, Protocol, cast, get_args
 
 import numpy as np
 
+from sparkir.data.codec import one_line
 from sparkir.errors import SparkirError
 
 if TYPE_CHECKING:
@@ -41,6 +42,13 @@ class Session(Protocol):
 def installed(runtime: Runtime) -> bool:
     """Whether this runtime can be used here."""
     return find_spec(runtime) is not None
+
+
+def cannot_compute(what: object, shape: Sequence[int], error: BaseException) -> SparkirError:
+    """What is to be said of an input at which a network or a runtime fails."""
+    return SparkirError(
+        f"{what} cannot compute an input of {tuple(shape)}: {one_line(error)[:300]}"
+    )
 
 
 def open_session(

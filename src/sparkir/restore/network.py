@@ -12,7 +12,15 @@ import numpy as np
 
 from sparkir.data.degrade import bicubic_resize
 from sparkir.deploy.card import Card, read_card
-from sparkir.deploy.session import RUNTIMES, TITLES, Runtime, Session, installed, open_session
+from sparkir.deploy.session import (
+    RUNTIMES,
+    TITLES,
+    Runtime,
+    Session,
+    cannot_compute,
+    installed,
+    open_session,
+)
 from sparkir.errors import SparkirError
 from sparkir.models.facts import ModelFacts, require_size
 from sparkir.quant.targets import TARGETS, TargetName
@@ -209,11 +217,9 @@ class _Reopening:
                 self.session = open_session(self.path, runtime=self.runtime)
             return np.asarray(self.session.run(lq)[0])
         except Exception as error:  # each runtime raises its own, and they share no base
-            reason = " ".join(str(error).split())[:300]
             if not is_allocation_failure(error):
-                raise SparkirError(
-                    f"{self.path} cannot compute an input of {lq.shape}: {reason}"
-                ) from error
+                raise cannot_compute(self.path, lq.shape, error) from error
+            reason = " ".join(str(error).split())[:300]
         # Only here, where nothing refers to the error: its traceback holds the session.
         self.session = None
         raise MemoryError(reason)

@@ -16,7 +16,7 @@ from jaxtyping import Float
 from torch import Tensor, nn, optim
 
 from sparkir.spark.distance import Distance
-from sparkir.spark.reward import undone
+from sparkir.spark.reward import parameters_of, undone
 
 _SHARE_OF_ERROR = 0.1
 
@@ -125,10 +125,9 @@ def weighted(
 def _scale_gradients(optimizer: optim.Optimizer, factor: float) -> None:
     if factor == 1:
         return
-    for group in optimizer.param_groups:
-        for parameter in group["params"]:
-            if parameter.grad is not None:
-                parameter.grad.mul_(factor)
+    for parameter in parameters_of(optimizer):
+        if parameter.grad is not None:
+            parameter.grad.mul_(factor)
 
 
 @contextmanager
@@ -146,7 +145,7 @@ def _kept(module: nn.Module | None, optimizer: optim.Optimizer) -> Iterator[None
     if module is None:
         yield
         return
-    own = {id(p) for group in optimizer.param_groups for p in group["params"]}
+    own = {id(parameter) for parameter in parameters_of(optimizer)}
     others = [p for p in module.parameters() if id(p) not in own]
     gradients = [None if p.grad is None else p.grad.clone() for p in others]
     buffers = [(buffer, buffer.clone()) for buffer in module.buffers()]

@@ -24,7 +24,7 @@ from sparkir.spark.counterfactual import (
     weighted,
 )
 from sparkir.spark.distance import MAPS, Distance, shared_maps
-from sparkir.spark.reward import reward
+from sparkir.spark.reward import parameters_of, reward
 from sparkir.spark.weighting import Weighting, weighting, weightings
 
 _IDLE = 100
@@ -244,7 +244,7 @@ class Spark(nn.Module):
                 "spark.learn(optimizer, student, lq) stands behind loss.backward() and before "
                 "optimizer.step(); without student and batch, call spark.learn()"
             )
-        if not any(p.grad is not None for p in _parameters(optimizer)):
+        if not any(p.grad is not None for p in parameters_of(optimizer)):
             raise SparkirError(
                 "spark.learn finds no gradients in its optimizer; call it between loss.backward() "
                 "and optimizer.step(), with the optimizer of the student"
@@ -378,10 +378,6 @@ def _chosen_distance(distance: str | Distance) -> Distance:
     return MAPS[distance]
 
 
-def _parameters(optimizer: optim.Optimizer) -> list[Tensor]:
-    return [p for group in optimizer.param_groups for p in group["params"]]
-
-
 def _finite(optimizer: optim.Optimizer) -> Tensor:
-    gradients = [p.grad for p in _parameters(optimizer) if p.grad is not None]
+    gradients = [p.grad for p in parameters_of(optimizer) if p.grad is not None]
     return torch.stack([g.isfinite().all() for g in gradients]).all()

@@ -16,6 +16,7 @@ import torch.distributed as dist
 from torch import Tensor, nn, optim
 
 from sparkir.spark.batch import mean_over_processes
+from sparkir.spark.reward import parameters_of
 
 
 def several() -> bool:
@@ -63,7 +64,7 @@ def averaged(module: nn.Module) -> Iterator[None]:
 
 
 def _average_gradients(optimizer: optim.Optimizer, *_: object) -> None:
-    parameters = [p for group in optimizer.param_groups for p in group["params"]]
+    parameters = parameters_of(optimizer)
     _average([p.grad for p in parameters if p.grad is not None])
 
 

@@ -66,6 +66,15 @@ def reward(
     return alpha * gain_db + beta * (ssim(with_weights, target) - ssim(without, target))
 
 
+def parameters_of(optimizer: optim.Optimizer) -> list[Any]:
+    """All that it moves, group by group.
+
+    Of Any, because the tests' type checker would draw one at random to look at, with Python's own
+    generator, which a training must find as it left it.
+    """
+    return [parameter for group in optimizer.param_groups for parameter in group["params"]]
+
+
 @contextmanager
 def undone(optimizer: optim.Optimizer) -> Iterator[None]:
     """Whatever steps `optimizer` takes inside, its parameters and state are put back after.
@@ -74,7 +83,7 @@ def undone(optimizer: optim.Optimizer) -> Iterator[None]:
     spatial weighting" comes about. Here it is a real step of the real optimizer, from the same
     weights on the same batch, with each image's W replaced by its mean.
     """
-    parameters = [p for group in optimizer.param_groups for p in group["params"]]
+    parameters = parameters_of(optimizer)
     saved = _copies([p.detach() for p in parameters])
     gradients = [p.grad for p in parameters]
     before = _copies([g for g in gradients if g is not None])

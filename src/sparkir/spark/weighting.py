@@ -25,6 +25,7 @@ from sparkir.spark.difficulty import (
     to_cells,
 )
 from sparkir.spark.policy import Action, Policy
+from sparkir.spark.reward import parameters_of
 from sparkir.spark.trust import Trust
 
 _BOUND = 1.5
@@ -346,7 +347,7 @@ def _asking_for_gradients(optimizer: optim.Optimizer) -> Iterator[None]:
     Where a module that holds it is wrapped for several processes, every parameter that asks for a
     gradient has to get one from the loss.
     """
-    parameters = [p for group in optimizer.param_groups for p in group["params"]]
+    parameters = parameters_of(optimizer)
     for parameter in parameters:
         parameter.requires_grad_(True)
     try:

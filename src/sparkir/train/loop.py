@@ -17,7 +17,7 @@ from sparkir.distill.task import DistillationTask, StepLosses
 from sparkir.errors import SparkirError
 from sparkir.quant.fused import fused_rounding
 from sparkir.spark.batch import averaged, of_all
-from sparkir.spark.reward import reward, undone
+from sparkir.spark.reward import parameters_of, reward, undone
 from sparkir.spark.weighting import Weighting
 from sparkir.train.distribute import Devices
 from sparkir.train.graphs import Recorded
@@ -91,7 +91,7 @@ def train(
     """
     device = next(task.student.parameters()).device
     weighting, optimizer = task.weighting, state.optimizer
-    trained = [p for group in optimizer.param_groups for p in group["params"]]
+    trained = parameters_of(optimizer)
     devices = devices or Devices()
     step_losses = devices.wrap(task, trained)
     task.train()
