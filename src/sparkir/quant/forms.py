@@ -166,3 +166,20 @@ def interleaves(layer: nn.Module) -> bool:
         return False
     kernel, stride = layer.kernel_size[0], layer.stride[0]
     return kernel + layer.output_padding[0] - 2 * int(layer.padding[0]) == stride
+
+
+def in_rows(channels: Tensor, factor: int) -> Tensor:
+    """(C * factor**2, ...), as a pixel shuffle reads them -> (factor**2 * C, ...)."""
+    apart = channels.reshape(-1, factor**2, *channels.shape[1:])
+    return apart.transpose(0, 1).flatten(0, 1)
+
+
+def shuffle_rows(x: Tensor, factor: int) -> Tensor:
+    """The pixel shuffle of channels that are `in_rows`, in channels_last.
+
+    (B, factor**2 * C, H, W) -> (B, C, factor * H, factor * W)
+    """
+    batch, _, height, width = x.shape
+    blocks = x.permute(0, 2, 3, 1).reshape(batch, height, width, factor, factor, -1)
+    pixels = blocks.transpose(2, 3).reshape(batch, height * factor, width * factor, -1)
+    return pixels.permute(0, 3, 1, 2)

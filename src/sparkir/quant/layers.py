@@ -25,7 +25,7 @@ from sparkir.quant.arithmetic import (
     to_odd_fraction,
     to_power_of_two,
 )
-from sparkir.quant.forms import InterleavedConv2d, Phases, take_factor
+from sparkir.quant.forms import InterleavedConv2d, Phases, in_rows, shuffle_rows, take_factor
 from sparkir.quant.fused import round_bias, rounds_fused
 from sparkir.quant.quantizer import (
     ActivationQuantizer,
@@ -145,6 +145,13 @@ class QuantConv2d(QuantLayer):
         super().__init__(layer, bits=bits, learned=learned)
         self.stride, self.padding = layer.stride, layer.padding
         self.dilation, self.groups = layer.dilation, layer.groups
+        self.shuffled: int | None = None
+        """The factor of the pixel shuffle that alone reads its channels; see `rows`."""
+
+    def rows(self) -> int | None:
+        """That factor, if it gives the pixel shuffle its channels `in_rows`."""
+        last = self.weight.is_contiguous(memory_format=torch.channels_last)
+        return self.shuffled if last and rounds_fused() else None
 
     def real_weight(self) -> Tensor:
         """(C_out, C_in / groups, h, w), the weights that are rounded."""
@@ -166,6 +173,9 @@ class QuantConv2d(QuantLayer):
         if isinstance(x, Tensor):
             return self._convolve(x, self.real_weight(), self.real_bias())
         weight, bias, scale = self.integers(x.scale)
+        if (factor := self.rows()) is not None:
+            weight, scale = in_rows(weight, factor), in_rows(scale, factor)
+            bias = None if bias is None else in_rows(bias, factor)
         return Accumulated(self._convolve(x.ints, weight, bias), scale.view(-1, 1, 1))
 
     def _convolve(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
@@ -288,6 +298,8 @@ class PassThrough(nn.Module):
         """Wrap a module of one tensor, and perhaps sizes."""
         super().__init__()
         self.operation = operation
+        self.shuffles: tuple[QuantConv2d] | None = None  # a tuple, so that it is no submodule
+        """Of a pixel shuffle: the convolution of which it alone reads the channels; see `rows`."""
 
     def forward(
         self, x: Quantized | Tensor, *sizes: object, **options: object
@@ -295,6 +307,8 @@ class PassThrough(nn.Module):
         """Apply it to the integers, or in calibration to the values."""
         if isinstance(x, Tensor):
             return cast("Tensor", self.operation(x, *sizes, **options))
+        if self.shuffles is not None and (factor := self.shuffles[0].rows()) is not None:
+            return x._replace(ints=shuffle_rows(x.ints, factor))
         return x._replace(ints=self.operation(x.ints, *sizes, **options))
 
 

@@ -51,6 +51,7 @@ from sparkir.quant.layers import (
 )
 from sparkir.quant.quantizer import ActivationQuantizer
 from sparkir.quant.rewrite import rewrite
+from sparkir.quant.rows import shuffle_in_rows
 from sparkir.quant.spec import CARRIER_BITS, QuantSpec
 from sparkir.quant.steps import restrict_steps
 from sparkir.quant.together import take_steps_together
@@ -136,6 +137,7 @@ def prepare(network: nn.Module, spec: QuantSpec) -> fx.GraphModule:
     setattr(prepared, "facts", facts)  # noqa: B010 - for mypy
     prepared.train(network.training)
     take_steps_together(prepared)
+    shuffle_in_rows(prepared)
     return prepared.to(device)
 
 
