@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from slow_reference import FAKE_QUANTIZE, rounded
 
+from sparkir.quant import arithmetic
 from sparkir.quant.arithmetic import (
     Accumulated,
     Average,
@@ -88,6 +89,35 @@ def test_zero_padding_is_zero():
         found = quantize(torch.zeros(4), **grid(0.37, zero), levels=256, exact=True)
         assert torch.equal(found.ints, torch.zeros(4))
         assert torch.equal(found.dequantize(), torch.zeros(4))
+
+
+def large_values():
+    """One of each kind, of more rows than a piece has, and of shapes that broadcast."""
+    a, b = on_grid((2, 3, 40, 7), 0.02, 100), on_grid((2, 3, 40, 7), 0.03, 20)
+    step = torch.tensor([0.01, 0.02, 0.03]).view(3, 1, 1)
+    yield torch.randn(2, 3, 40, 7)
+    yield a
+    yield Accumulated(torch.randint(-999, 999, (2, 3, 40, 7)).float(), step)
+    yield Accumulated(torch.randint(-999, 999, (2, 40, 3)).float(), step.flatten())
+    for kind in (Sum, Product):
+        yield kind(a, b)
+        yield kind(on_grid((2, 3, 1, 1), 0.02, 100), b)
+        yield kind(a, on_grid((1, 1, 40, 7), 0.03, 20))
+    yield Average(*a, pixels=280)
+
+
+@pytest.mark.parametrize("piece", [1, 100, 239])
+def test_pieces_of_a_large_value_are_the_whole(monkeypatch, piece):
+    torch.manual_seed(0)
+    for value in large_values():
+        for levels, shift_reals in ((256, False), (16, True)):
+            options = {**grid(0.017, 7), "levels": levels, "shift_reals": shift_reals}
+            whole = quantize(value, exact=True, **options)
+            with monkeypatch.context() as patch:
+                patch.setattr(arithmetic, "_PIECE", piece)
+                seen = arithmetic._pieces(value)
+                assert (len(seen) > 1) != isinstance(value, Average)
+                assert torch.equal(quantize(value, exact=True, **options).ints, whole.ints)
 
 
 def test_exact_rounding_can_be_left_and_comes_back():

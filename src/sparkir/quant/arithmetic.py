@@ -105,6 +105,8 @@ def rounds_exactly() -> bool:
 
 
 _SMALLEST_ODD = 128
+_PIECE = 2**17
+"""Values that are rounded exactly at a time: a megabyte in float64."""
 
 Value = Tensor | Quantized | Accumulated | Sum | Product | Average
 
@@ -267,38 +269,71 @@ def quantize(
             fuse; float32 then rounds the last bits away.
     """
     low, high = float(-zero_level), float(levels - 1 - zero_level)
+    shift = float(zero_level) if shift_reals else 0.0
     if fused.rounds_fused() and not exact and not _lies_on(value, scale):
         grid = fused.Grid(scale, low, high, clip_only)
-        shift = float(zero_level) if shift_reals else 0.0
         return Quantized(_rounded_fused(value, grid, shift), scale.detach(), zero)
+    if isinstance(value, Quantized) and _lies_on(value, scale):
+        return value
+
+    def rounded(value: Value) -> Tensor:
+        if exact and isinstance(value, Sum):
+            return _exact_sum(value, scale, zero, low, high)
+        if exact and isinstance(value, Product):
+            return _exact_product(value, scale, zero, low, high)
+        return _rounded(value, scale, low, high, clip_only=clip_only, shift=shift)
+
+    if not exact:  # in training, a graph is made of it
+        return Quantized(rounded(value), scale, zero)
+    ints = [rounded(piece) for piece in _pieces(value)]
+    return Quantized(ints[0] if len(ints) == 1 else torch.cat(ints, -2), scale, zero)
+
+
+def _rounded(
+    value: Value, scale: Tensor, low: float, high: float, *, clip_only: bool, shift: float
+) -> Tensor:
+    """The integers of a value on a grid, in float32 and in passes over all of it."""
     own, used = (scale, scale.detach()) if clip_only else (None, scale)
-    shift = 0.0
     match value:
-        case Quantized() if value.scale is scale:
-            return value
         case Quantized():
             x, step, divide = value.dequantize(), used, True
         case Accumulated():
             x, step, divide = value.ints, value.scale / used, False
-        case Sum():
-            if exact:
-                return Quantized(_exact_sum(value, scale, zero, low, high), scale, zero)
-            a, b = value
+        case Sum(a, b):
             x = a.ints * (a.scale / used) + b.ints * (b.scale / used)
             step, divide = torch.ones_like(used), False
-        case Product():
-            if exact:
-                return Quantized(_exact_product(value, scale, zero, low, high), scale, zero)
-            a, b = value
+        case Product(a, b):
             x, step, divide = a.ints * b.ints, (a.scale * b.scale) / used, False
         case Average():
             x, divide = value.sums(), False
             step = value.scale / (used * value.pixels)
         case _:
             x, step, divide = value, used, True
-            shift = float(zero_level) if shift_reals else 0.0
-    ints = round_to_grid(x, step, low=low, high=high, divide=divide, own=own, shift=shift)
-    return Quantized(ints, scale, zero)
+    shift = shift if isinstance(value, Tensor) else 0.0
+    return round_to_grid(x, step, low=low, high=high, divide=divide, own=own, shift=shift)
+
+
+def _pieces(value: Value) -> list[Value]:
+    """A large value as several of some rows each: a processor's cache holds what passes read."""
+    match value:
+        case Average():
+            return [value]  # a few numbers
+        case Sum(a, b) | Product(a, b):
+            first, shape = a.ints, torch.broadcast_shapes(a.ints.shape, b.ints.shape)
+        case _:
+            first = value if isinstance(value, Tensor) else value.ints
+            shape = first.shape
+    if not first.is_cpu or len(shape) < 2 or shape.numel() <= _PIECE:
+        return [value]
+    rows = max(1, _PIECE * shape[-2] // shape.numel())
+    match value:
+        case Sum(a, b) | Product(a, b):
+            pairs = zip(*(x.ints.expand(shape).split(rows, -2) for x in value), strict=True)
+            return [type(value)(a._replace(ints=x), b._replace(ints=y)) for x, y in pairs]
+        case Quantized() | Accumulated():
+            return [value._replace(ints=x) for x in value.ints.split(rows, -2)]
+        case _:
+            return list(value.split(rows, -2))
 
 
 def _lies_on(value: Value, scale: Tensor) -> bool:
