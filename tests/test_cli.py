@@ -4,6 +4,7 @@ import errno
 import json
 import os
 import pickle
+import shutil
 import signal
 import subprocess
 import sys
@@ -191,7 +192,7 @@ def test_weights_of_a_teacher_that_is_not_there(refused, project):
 
 def test_a_learning_rate_that_diverges(refused, project):
     write_recipe(project / "tiny.toml", {"train.learning_rate": 1e25}, without=["quant"])
-    says = ["the reward is", "at step 0", "nothing was saved", "Lower train.learning_rate"]
+    says = ["the reward is", "at step 0", "nothing was saved", "a lower train.learning_rate"]
     refused(*TO_RUN, says=says)
 
 
@@ -925,6 +926,11 @@ def test_the_default_folder_is_new_for_every_run(project):
     said = call("distill", "tiny.toml", "--resume")
     assert said.code == 0
     assert "run folder runs/tiny-2; " in said.out
+    shutil.move(project / "runs/tiny-2", project / "runs/tiny-4")
+    said = call("distill", "tiny.toml", "--resume")
+    assert "run folder runs/tiny-4; " in said.out
+    said = call("distill", "tiny.toml")
+    assert "run folder runs/tiny-5; " in said.out
 
 
 def test_shortcuts_stand_for_recipe_keys(project):

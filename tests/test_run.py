@@ -7,8 +7,10 @@ import signal
 import subprocess
 import sys
 import time
+from functools import partial
 from importlib import metadata
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import onnx
@@ -37,12 +39,14 @@ from sparkir.errors import SparkirError
 from sparkir.evaluate.benchmark import ImageScore, evaluate
 from sparkir.evaluate.infer import restore_image
 from sparkir.evaluate.metrics import Convention
-from sparkir.models.checkpoint import read_weights
+from sparkir.models.checkpoint import read_weights, save_weights
+from sparkir.models.registry import build
 from sparkir.quant.reference import freeze
 from sparkir.report.events import read_events
 from sparkir.report.picture import Panel, compose
 from sparkir.report.table import Row
 from sparkir.run import claim, method_name, qat_only, train_student
+from sparkir.spark.weighting import Confidence, Constant
 from sparkir.train.loop import Interrupted
 
 pytest_plugins = ["helpers"]
@@ -153,7 +157,7 @@ def test_the_event_stream_tells_the_whole_story(finished):
     assert (kinds[0], kinds[-1]) == ("start", "done")
     assert events[0]["versions"]["torch"] == metadata.version("torch")
     stages = [event["name"] for event in events if event["kind"] == "stage"]
-    assert stages == ["train QAT", "train SPARK (paper)", "export", "measure"]
+    assert stages == ["train QAT", "train SPARK (paper)", "measure", "export"]
     steps = [event["step"] for event in events if event["kind"] == "step"]
     assert steps == [*range(1, 13)] * 2
     assert kinds.count("policy") == 6  # every second step of one of the two
@@ -478,6 +482,45 @@ def test_resuming_on_other_images(stopped_run, project):
     assert (stopped_run / "training/float/last.pt").is_file()
 
 
+@pytest.mark.parametrize("role", ["student", "teacher"])
+def test_resuming_with_other_weights(project, monkeypatch, role):
+    changes = {"student.weights": "own.safetensors", "train.steps": 3}
+    shutil.copy(project / "teacher.safetensors", project / "own.safetensors")
+    write_recipe(project / "tiny.toml", changes)
+    monkeypatch.setattr(sparkir.run, "_finish", lambda *_: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        sparkir.run.distill(recipe.load("tiny.toml"), project / "run")
+    file = project / {"student": "own.safetensors", "teacher": "teacher.safetensors"}[role]
+    weights = read_weights(file)
+    next(iter(weights.values())).view(-1)[0] += 1
+    save_weights(weights, file, {})
+    said = call("distill", "tiny.toml", "--out", "run", "--resume")
+    assert said.code == 1
+    assert f"the weights of the {role} are not those that this run began with" in said.err
+
+
+def test_what_a_killed_process_left_is_no_obstacle_and_goes(project, stopped_run):
+    left = f".{'0123456789abcdef' * 2}.partial"
+    for path in (project / "new" / left, stopped_run / "training/float" / left):
+        path.parent.mkdir(exist_ok=True)
+        path.write_bytes(b"half")
+    foreign = stopped_run / ".download.partial"
+    foreign.write_bytes(b"somebody else's")
+    assert call("distill", "tiny.toml", "--out", "run", "--resume").code == 0
+    assert not (stopped_run / "training/float" / left).exists()
+    assert foreign.exists()
+    assert call("distill", "tiny.toml", "--out", "new").code == 0
+
+
+def test_a_name_that_no_file_system_takes(project):
+    said = call("distill", "tiny.toml", "--out", "x" * 300)
+    assert said.code == 1
+    assert said.err.endswith("File name too long; choose another --out\n")
+    made = recipe.load("tiny.toml", ['data.train="\udcff"'])
+    with pytest.raises(SparkirError, match=r"is not UTF-8 \('\\udcff'\).*rename that folder"):
+        claim(project / "run", made, resume=False)
+
+
 def test_resuming_a_finished_run_changes_nothing(project):
     write_recipe(project / "tiny.toml", without=IN_FLOAT)
     assert call("distill", "tiny.toml", "--out", "run").code == 0
@@ -587,7 +630,64 @@ def test_a_baseline_that_is_the_recipe_itself_is_not_trained_twice(project, monk
     monkeypatch.setattr(sparkir.export, "to_onnx", stop)
     assert call("distill", "tiny.toml", "--out", "run").code == 130
     events = read_events(project / "run/events.jsonl")
-    assert [e["name"] for e in events if e["kind"] == "stage"] == ["train QAT", "export"]
+    assert [e["name"] for e in events if e["kind"] == "stage"] == ["train QAT", "measure", "export"]
+    table = (project / "run/report.md").read_text()  # whatever becomes of the file
+    assert [cells[:2] for cells in table_of(table)] == [
+        ["QAT W4A4", "training"],
+        ["QAT W4A4", "integer"],
+    ]
+
+
+@pytest.mark.parametrize("package", ["onnx", "onnxruntime", "onnxscript"])
+def test_a_package_that_export_needs_is_missed_before_training(project, monkeypatch, package):
+    monkeypatch.setitem(sys.modules, package, None)
+    said = call("distill", "tiny.toml", "--out", "run")
+    assert said.code == 1
+    assert said.err.startswith("error: export needs ")
+    assert not (project / "run").exists()
+
+
+def test_a_cache_without_room_is_found_out_before_a_baseline_is_trained(project):
+    changes = {"baselines": ["qat"], "train.teacher_cache": True, "train.teacher_cache_gb": 1e-9}
+    write_recipe(project / "tiny.toml", changes)
+    said = call("distill", "tiny.toml", "--out", "run")
+    assert said.code == 1
+    assert "train.teacher_cache_gb" in said.err
+    assert not (project / "run").exists()
+
+
+def test_a_reason_to_run_the_teacher_is_told_once(project):
+    changes = {"baselines": ["qat"], "train.teacher_cache": True, "distill.method": "fitnet"}
+    write_recipe(project / "tiny.toml", changes | {"train.steps": 1}, without=["weighting"])
+    assert call("distill", "tiny.toml", "--out", "run").code == 0
+    events = read_events(project / "run/events.jsonl")
+    told = [e["message"] for e in events if e["kind"] == "warning"]
+    assert sum("runs at every step" in message for message in told) == 1
+
+
+def test_ptq_in_8_bits_is_of_the_recipes_own_kind(project):
+    rows = {}
+    for bits in (8, 4):
+        changes = {"quant.weight_bits": bits, "quant.activation_bits": bits, "train.steps": 1}
+        changes |= {"quant.float_layers": ["head.0"], "baselines": ["ptq-w8a8", "ptq"]}
+        write_recipe(project / "tiny.toml", changes, without=["distill", "weighting"])
+        said = call("distill", "tiny.toml", "--out", f"run-{bits}")
+        assert said.code == 0, said
+        found = report_of(project / f"run-{bits}")["rows"]
+        rows[bits] = [row for row in found if row["name"].startswith("PTQ")]
+    assert [row["name"] for row in rows[4]] == ["PTQ W8A8", "PTQ W4A4"]
+    assert rows[8] == rows[4][:1]
+
+
+def test_a_map_is_shown_where_the_teacher_takes_the_image():
+    trained = SimpleNamespace(weighting=Confidence())
+    materials = SimpleNamespace(teacher=build("nafnet", width=8))
+    shown = partial(sparkir.measure._shows_weights, materials)
+    assert shown(trained, photo(32, 32, 1))
+    assert not shown(trained, photo(32, 5, 1))  # to be completed to 16 by more than it has
+    assert not shown(SimpleNamespace(weighting=Constant(1.0)), photo(32, 32, 1))
+    materials.teacher = None
+    assert not shown(trained, photo(32, 32, 1))
 
 
 # Parts ----------------------------------------------------------------------------------------
@@ -603,6 +703,9 @@ def test_a_baseline_that_is_the_recipe_itself_is_not_trained_twice(project, monk
         ([], {"distill": {"method": "fitnet"}}, "SPARK (paper) on FitNet"),
         (["weighting", "distill"], {}, "QAT"),
         (["weighting", "distill", "quant"], {}, "float"),
+        (["weighting", "quant"], {}, "float + KD"),
+        (["weighting"], {"distill": {"target": "truth"}}, "QAT + KD to truth"),
+        ([], {"distill": {"target": "truth"}}, "SPARK (paper) on KD to truth"),
     ],
 )
 def test_what_a_method_is_called(project, without, changes, name):

@@ -46,9 +46,6 @@ LOW_RATE = (
     "degraded,teacher,float,ptq,qat,kd,kd-mse@1,kd-matched@10,fakd,slkd,spark-paper,"
     "truth:spark,constant:spark,random:spark,spark"
 )
-AS_ITS_TEACHER = (
-    "degraded,teacher,float,ptq,qat,kd,kd-matched@10,spark-paper,truth:spark,constant:spark,spark"
-)
 
 
 @dataclass(frozen=True)
@@ -113,6 +110,8 @@ FROM_ITS_TEACHER = (
     "train.float_steps=0",
     "train.learning_rate=2e-4",
     "train.channels_last=true",
+    "train.compile=true",
+    "train.teacher_cache=true",
 )
 RUNS: dict[str, Run] = {
     "lol-dncnn": Run(
@@ -144,7 +143,7 @@ RUNS: dict[str, Run] = {
     "polyu-dncnn-worse-start": real_noise("float-twin-dncnn-sidd", seeds=1),
     "polyu-mirnet": Run(
         "twin-mirnet-mirnet-sidd",
-        AS_ITS_TEACHER,
+        f"{ROWS},dckd",
         (
             *POLYU,
             "teacher.weights={out}/teacher-twin-mirnet-sidd/student.safetensors",

@@ -40,6 +40,7 @@ from sparkir.quant.prepare import prepare
 from sparkir.quant.spec import QuantSpec
 from sparkir.recipe import Data, Network, Recipe, WeightingChoice, from_values, shipped
 from sparkir.spark.weighting import ONE_IMAGE, Weighting, options_of, weighting
+from sparkir.train.optimize import fast_precision
 
 Report = Callable[[dict[str, Any]], None]
 _CALIBRATION_SEED = 7_919
@@ -306,9 +307,14 @@ def task_of(
     )
 
 
-def _doubts(recipe: Recipe) -> Iterator[str]:
+def _doubts(recipe: Recipe, device: torch.device) -> Iterator[str]:
     """What a recipe may say, and hardly means."""
-    quant, distill = recipe.quant, recipe.distill
+    quant, distill, precision = recipe.quant, recipe.distill, recipe.train.precision
+    if recipe.train.warmup >= recipe.train.steps:
+        yield (
+            f"train.warmup = {recipe.train.warmup} of train.steps = {recipe.train.steps}: the "
+            "learning rate never gets to train.learning_rate; lower train.warmup"
+        )
     if recipe.teacher is not None and not recipe.teacher.weights:
         yield (
             f"teacher.weights is not set: the teacher is as {recipe.teacher.model} returns it, "
@@ -321,7 +327,8 @@ def _doubts(recipe: Recipe) -> Iterator[str]:
         )
     if quant is not None and not quant.reduce_range and saturates(quant.runs_on.runtime):
         yield f"{SATURATES}; the file cannot be checked here otherwise"
-    if recipe.weighting.name == "spark-paper" and recipe.train.precision != "float32":
+    half = precision == "bfloat16" or (precision == "auto" and fast_precision(device))
+    if recipe.weighting.name == "spark-paper" and half:
         yield (
             "the reward of spark-paper is what one step changes, which bfloat16 hardly resolves; "
             'set train.precision = "float32"'
@@ -330,6 +337,11 @@ def _doubts(recipe: Recipe) -> Iterator[str]:
         yield (
             "what the weighting spark does not believe of the teacher is for the truth, and "
             'distill.target = "teacher" gives it to nobody; set distill.target = "both"'
+        )
+    if distill is not None and recipe.weighting.name == "uniform" and distill.target == "both":
+        yield (
+            'distill.target = "both" gives the truth what the weighting leaves, and uniform leaves '
+            'nothing; choose another weighting, or distill.target = "teacher"'
         )
 
 
@@ -343,9 +355,9 @@ def gather(recipe: Recipe, report: Report = silent) -> Materials:
     if recipe.weighting.name == "spark-paper" and recipe.data.batch == 1:
         raise SparkirError(f"data.batch = 1: {ONE_IMAGE}")
     _require_weights(recipe)
-    for message in _doubts(recipe):
-        report({"kind": "warning", "message": message})
     device = device_for(recipe)
+    for message in _doubts(recipe, device):
+        report({"kind": "warning", "message": message})
     teacher = None if recipe.teacher is None else build_network(recipe.teacher).eval()
     student = build_student(recipe, teacher).to(device)
     for role, network in (("teacher", teacher), ("student", student)):

@@ -643,12 +643,11 @@ def _restorer(
 
 def _default_folder(name: str, *, resume: bool) -> Path:
     """runs/NAME, numbered if it is taken; with `resume`, the newest that exists."""
-    base, number = Path("runs") / name, 1
-    folder = base
-    while (base.with_name(f"{name}-{number + 1}") if resume else folder).exists():
-        number += 1
-        folder = base.with_name(f"{name}-{number}")
-    return folder
+    first = Path("runs") / name
+    numbered = (re.fullmatch(rf"{re.escape(name)}-(\d+)", p.name) for p in Path("runs").glob("*"))
+    taken = [1] * first.exists() + [int(found[1]) for found in numbered if found]
+    number = max(taken, default=int(resume)) + (not resume)
+    return first if number == 1 else first.with_name(f"{name}-{number}")
 
 
 # Display --------------------------------------------------------------------------------------

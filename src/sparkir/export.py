@@ -13,8 +13,9 @@ from torch.fx import GraphModule
 from sparkir.data.atomic import atomic_file
 from sparkir.data.codec import one_line
 from sparkir.deploy.card import Card, is_card
-from sparkir.deploy.onnx import to_onnx, write_model
+from sparkir.deploy.onnx import require_onnx, to_onnx, write_model
 from sparkir.deploy.parity import Parity, check_parity, require_parity
+from sparkir.deploy.session import Runtime, require_runtime
 from sparkir.errors import SparkirError
 from sparkir.models.facts import facts_of
 from sparkir.quant.prepare import placement_of
@@ -75,6 +76,12 @@ class Exported:
         otherwise = True if len(run) >= len(placement.layers) and all(run.values()) else None
         kernels = {True: "int8 kernel", False: "**in floating point**", None: "kernel not known"}
         return ", " + kernels[run.get(layer, otherwise)]
+
+
+def require_exporters(runtime: Runtime) -> None:
+    """Stop now if a package is missing that makes a file, or the runtime that is to execute it."""
+    require_onnx()
+    require_runtime(runtime)
 
 
 def require_no_other_card(path: Path) -> None:

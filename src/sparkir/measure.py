@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, cast
 
 import numpy as np
@@ -102,9 +102,10 @@ def baselines(recipe: Recipe, materials: Materials) -> list[Contender]:
             )
         )
     if recipe.quant is not None:
+        in_8_bits = replace(recipe.quant, weight_bits=8, activation_bits=8, first_last_bits=8)
         if "ptq-w8a8" in chosen:
-            found.append(_ptq(QuantSpec(), materials))
-        if "ptq" in chosen:
+            found.append(_ptq(in_8_bits, materials))
+        if "ptq" in chosen and ("ptq-w8a8" not in chosen or recipe.quant != in_8_bits):
             found.append(_ptq(recipe.quant, materials))
     return found
 
@@ -227,12 +228,20 @@ def comparison(
                 image=crop(one.picture, corner, side),
             )
         )
-    if recipe.distill is not None and not isinstance(own.weighting, Constant):
+    if _shows_weights(materials, own, lq):
         panels.append(_weight_panel(materials, own, lq, gt))
     label = convention_of(recipe).label
     return compose(
         panels, title=f"{recipe.name}: {materials.test.names[0]}", subtitle=f"{label}, whole image"
     )
+
+
+def _shows_weights(materials: Materials, own: Trained, lq: np.ndarray) -> bool:
+    """Whether there is a map, and the teacher takes this image, of which it is made."""
+    if materials.teacher is None or isinstance(own.weighting, Constant):
+        return False
+    facts = facts_of(materials.teacher)
+    return all(side >= smallest_px(facts, side) for side in lq.shape[:2])
 
 
 def _weight_panel(materials: Materials, own: Trained, lq: np.ndarray, gt: np.ndarray) -> Panel:

@@ -10,7 +10,7 @@ import copy
 import platform
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib import metadata
 from pathlib import Path
 from typing import Any, cast
@@ -24,13 +24,14 @@ from sparkir.assemble import (
     calibrate_student,
     convention_of,
     gather,
+    network_hash,
     save_student,
     silent,
     task_of,
     weighting_of,
 )
 from sparkir.data.ahead import SampledAhead
-from sparkir.data.atomic import atomic_file, held
+from sparkir.data.atomic import atomic_file, held, is_partial, remove_partials
 from sparkir.data.codec import one_line
 from sparkir.data.images import write_png
 from sparkir.data.outputs import OutputStore
@@ -42,7 +43,7 @@ from sparkir.errors import SparkirError
 from sparkir.evaluate.benchmark import Share, evaluate, joined, mean
 from sparkir.evaluate.infer import device_of
 from sparkir.evaluate.metrics import Convention
-from sparkir.export import export_onnx, measured_words
+from sparkir.export import Exported, export_onnx, measured_words, require_exporters
 from sparkir.measure import (
     baselines,
     comparison,
@@ -204,8 +205,15 @@ def training_of(
         optimizer=_optimizer(recipe, task),
         sampler=SampledAhead(sampler) if on_gpu else sampler,
         average=build_average(student, recipe.train.ema),
+        began_with=_hashes(materials),
     )
     return task, state
+
+
+def _hashes(materials: Materials) -> dict[str, str]:
+    """By which a run knows the networks that it began with."""
+    networks = {"student": materials.student, "teacher": materials.teacher}
+    return {role: network_hash(n) for role, n in networks.items() if n is not None}
 
 
 def _validated_db(
@@ -261,10 +269,12 @@ def method_name(recipe: Recipe) -> str:
     if recipe.distill is None:
         return "float" if recipe.quant is None else "QAT"
     method, weighting = recipe.distill.method, recipe.weighting.name
+    student = "float" if recipe.quant is None else "QAT"
+    loss = title(method) + (" to truth" if recipe.distill.target == "truth" else "")
     if weighting.startswith("spark"):
         name = "SPARK" if weighting == "spark" else "SPARK (paper)"
-        return name if method == "kd" else f"{name} on {title(method)}"
-    return f"QAT + {title(method)}" + ("" if weighting == "uniform" else f", {weighting}")
+        return name if loss == title("kd") else f"{name} on {loss}"
+    return f"{student} + {loss}" + ("" if weighting == "uniform" else f", {weighting}")
 
 
 def qat_only(recipe: Recipe) -> Recipe:
@@ -315,6 +325,8 @@ def distill(
         Interrupted: `stop_requested` said so; call again with `resume`.
     """
     devices = devices or Devices()
+    if recipe.quant is not None:
+        require_exporters(recipe.quant.runs_on.runtime)
     with ExitStack() as held:
         with devices.in_turn():
             devices.require_shares(recipe.data.batch)
@@ -366,10 +378,15 @@ def _claimed(folder: Path, recipe: Recipe, *, resume: bool) -> Iterator[None]:
 
     So that a mistake found on the way can be mended and the same command given again.
     """
+    try:
+        existed, claimed = folder.exists(), False
+    except OSError as error:  # a name too long
+        raise _not_writable(folder, error) from error
     if resume:
         claim(folder, recipe, resume=True)
-    existed, claimed = folder.exists(), False
     with _alone(folder):
+        if resume:
+            remove_partials(folder)
         try:
             if not resume:
                 claim(folder, recipe, resume=False)
@@ -400,10 +417,12 @@ def _alone(folder: Path) -> Iterator[None]:
                 f"another process is at work in {folder}; wait for it, or stop it"
             ) from error
         except OSError as error:
-            raise SparkirError(
-                f"cannot write to {folder}: {one_line(error)}; choose another --out"
-            ) from error
+            raise _not_writable(folder, error) from error
         yield
+
+
+def _not_writable(folder: Path, error: OSError) -> SparkirError:
+    return SparkirError(f"cannot write to {folder}: {one_line(error)}; choose another --out")
 
 
 def claim(folder: Path, recipe: Recipe, *, resume: bool) -> None:
@@ -431,14 +450,18 @@ def claim(folder: Path, recipe: Recipe, *, resume: bool) -> None:
             )
         if folder.is_file():
             raise SparkirError(f"{folder} is a file; choose a folder for --out")
-        if folder.is_dir() and any(path.name != _LOCK for path in folder.iterdir()):
+        found = folder.iterdir() if folder.is_dir() else ()
+        if any(path.name != _LOCK and not is_partial(path) for path in found):
             raise SparkirError(f"{folder} is not empty and holds no run; choose another --out")
         with atomic_file(written) as file:
             file.write(recipe.to_toml().encode())
-    except OSError as error:
+    except UnicodeEncodeError as error:
         raise SparkirError(
-            f"cannot write to {folder}: {one_line(error)}; choose another --out"
+            f"a path of the recipe is not UTF-8 ({error.object[error.start : error.end]!a}), "
+            "and cannot be written down; rename that folder"
         ) from error
+    except OSError as error:
+        raise _not_writable(folder, error) from error
 
 
 def versions() -> dict[str, str]:
@@ -466,6 +489,8 @@ def _train_methods(
     """The baseline that needs training, then, last, the recipe's own student."""
     wanted = "qat" in recipe.baselines and recipe.distill is not None  # else it is the recipe
     variants = [qat_only(recipe)] if wanted else []
+    if wanted:
+        _compute_teacher_outputs(recipe, materials, report, devices)
     trained = []
     for variant in [*variants, recipe]:
         name = method_name(variant)
@@ -483,6 +508,20 @@ def _train_methods(
     return trained
 
 
+def _compute_teacher_outputs(
+    recipe: Recipe, materials: Materials, report: Report, devices: Devices
+) -> None:
+    """Make the cache, or find that it has no room, before hours go into a baseline."""
+
+    def tell(event: dict[str, Any]) -> None:
+        if event["kind"] != "warning":  # comes again with the training that it is about
+            report(event)
+
+    task = task_of(recipe, materials.student, weighting_of(recipe.weighting), materials)
+    with devices.in_turn():
+        teacher_outputs(recipe, materials, tell, features=bool(task.method.teacher_taps))
+
+
 def _finish(
     recipe: Recipe,
     materials: Materials,
@@ -492,43 +531,58 @@ def _finish(
 ) -> Outcome:
     """Freeze, export, measure and report."""
     own = trained[-1]
-    files = {
-        "picture": folder / "comparison.png",
-        "table": folder / "report.md",
-        "student": folder / "student.safetensors",
-    }
     frozen = None if recipe.quant is None else freeze(cast("GraphModule", own.student))
-    save_student(recipe, own.student, files["student"])
-    contenders = baselines(recipe, materials)
-    contenders += [c for method in trained for c in trained_contenders(recipe, method)]
-    exported = None
-    if frozen is not None:
-        report({"kind": "stage", "name": "export", "steps": 0})
-        exported = export_onnx(frozen, recipe, parity_images(materials.test, frozen))
-        contenders.append(runtime_contender(recipe, own, exported))
-    report({"kind": "stage", "name": "measure", "steps": len(contenders)})
-    measured = measure(contenders, materials.test, convention_of(recipe), report)
-    rows = [m.row for m in measured]
-    if exported is not None:
-        row = rows[-1]
-        _require_same_quality(row, own.name, rows)
-        files["ONNX model"] = folder / "student.onnx"
-        label, count = convention_of(recipe).label, len(row.scores)
-        words = measured_words(row.psnr_db, row.ssim, label, count, recipe.data.test)
-        files["model card"] = exported.measured(words).write(files["ONNX model"])
-    write_png(files["picture"], comparison(recipe, materials, own, measured))
     outcome = Outcome(
         folder=folder,
-        rows=rows,
+        rows=[],
         convention=convention_of(recipe),
-        files=files | {"events": folder / "events.jsonl", "recipe": folder / "recipe.toml"},
-        parity=None if exported is None else exported.parity,
+        files={
+            "picture": folder / "comparison.png",
+            "table": folder / "report.md",
+            "student": folder / "student.safetensors",
+            "events": folder / "events.jsonl",
+            "recipe": folder / "recipe.toml",
+        },
+        parity=None,
         remark=own.remark,
-        deviating="" if exported is None else deviating_images(rows),
     )
+    save_student(recipe, own.student, outcome.files["student"])
+    contenders = baselines(recipe, materials)
+    contenders += [c for method in trained for c in trained_contenders(recipe, method)]
+    report({"kind": "stage", "name": "measure", "steps": len(contenders)})
+    measured = measure(contenders, materials.test, outcome.convention, report)
+    outcome = replace(outcome, rows=[m.row for m in measured])
+    if frozen is not None:
+        _write_report(outcome, recipe)  # whatever becomes of the file
+        report({"kind": "stage", "name": "export", "steps": 1})
+        exported = export_onnx(frozen, recipe, parity_images(materials.test, frozen))
+        executed = [runtime_contender(recipe, own, exported)]
+        measured += measure(executed, materials.test, outcome.convention, report)
+        outcome = _exported(outcome, exported, recipe, own.name, measured[-1].row)
+    write_png(outcome.files["picture"], comparison(recipe, materials, own, measured))
     _write_report(outcome, recipe)
     report({"kind": "done", "rows": [row.as_values() for row in outcome.rows]})
     return outcome
+
+
+def _exported(
+    outcome: Outcome, exported: Exported, recipe: Recipe, method: str, row: Row
+) -> Outcome:
+    """Write the file, which restores as well as `row` says, with its card."""
+    rows = [*outcome.rows, row]
+    _require_same_quality(row, method, rows)
+    model, label, count = outcome.folder / "student.onnx", outcome.convention.label, len(row.scores)
+    words = measured_words(row.psnr_db, row.ssim, label, count, recipe.data.test)
+    card = exported.measured(words).write(model)
+    files = dict(outcome.files)
+    events = {name: files.pop(name) for name in ("events", "recipe")}  # listed last
+    return replace(
+        outcome,
+        rows=rows,
+        files=files | {"ONNX model": model, "model card": card} | events,
+        parity=exported.parity,
+        deviating=deviating_images(rows),
+    )
 
 
 def _require_same_quality(runtime: Row, method: str, rows: list[Row]) -> None:

@@ -91,6 +91,13 @@ def test_16_bit_colour_comes_as_its_high_byte(tmp_path):
     assert read_image(tmp_path / "a.png").tolist() == [[[0x00, 0x12, 0xFF]]]
 
 
+def test_bytes_in_32_bits_are_refused(save):
+    """Of 16 bits they would be nearly black."""
+    assert read_image(save("black.tif", np.zeros((2, 2), np.int32))).max() == 0
+    with pytest.raises(SparkirError, match=r"0\.\.255 in 32 bits.*convert it to 8 bits"):
+        read_image(save("a.tif", np.array([[0, 255]], np.int32)))
+
+
 @pytest.mark.parametrize("array", [np.array([[-1]], np.int32), np.array([[65536]], np.int32)])
 def test_integers_without_a_known_white_are_refused(save, array):
     with pytest.raises(SparkirError, match=r"a\.tif: it holds integers outside 0\.\.65535"):

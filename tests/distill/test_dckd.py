@@ -1,4 +1,5 @@
 import copy
+from functools import partial
 
 import pytest
 import torch
@@ -8,6 +9,7 @@ from sparkir.distill import dckd
 from sparkir.distill.dckd import DCKD, _noisy, _renewal_at, follow
 from sparkir.distill.encoder import Encoded, Encoder
 from sparkir.distill.task import DistillationTask
+from sparkir.errors import SparkirError
 
 
 class Identity(Encoder):
@@ -175,3 +177,40 @@ def test_says_which_encoder_it_used():
     )
     brought = DCKD(setting(Gain(), Gain()), encoder=IDENTITY).describe()
     assert brought == "DCKD looks at images with the image itself; codebook of 2, its own"
+
+
+class Levels(Encoder):
+    """So many levels, and latents of 9 channels."""
+
+    name = "levels"
+
+    def __init__(self, count: int, codes: tuple[int, ...] | None = None) -> None:
+        super().__init__()
+        self.count = count
+        self.codebook = None if codes is None else torch.zeros(codes)
+
+    def forward(self, images):
+        return Encoded([images] * self.count, images.repeat(1, 3, 1, 1))
+
+
+LEVELS = {
+    "three": partial(Levels, 3),
+    "six": partial(Levels, 6),
+    "narrow": partial(Levels, 5, (32, 4)),
+    "flat": partial(Levels, 5, (32,)),
+}
+
+
+@pytest.mark.parametrize(
+    ("made", "says"),
+    [
+        ("three", "compares 5 levels of features, and levels gives 3"),
+        ("six", "compares 5 levels of features, and levels gives 6"),
+        ("narrow", r"codes of levels are \(32, 4\), and its latents have 9 channels"),
+        ("flat", r"codes of levels are \(32,\)"),
+    ],
+)
+def test_an_encoder_that_does_not_fit_is_refused_at_once(monkeypatch, made, says):
+    monkeypatch.setattr(dckd, "encoder_of", lambda name: LEVELS[name]())
+    with pytest.raises(SparkirError, match=says):
+        DCKD(setting(Gain(), Gain()), encoder=made)

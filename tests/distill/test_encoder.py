@@ -57,6 +57,7 @@ class TestByName:
             ("torch.nn:Identity", r"'torch.nn:Identity' made Identity; it must return a sparkir"),
             ("no_such_module:f", "cannot import 'no_such_module' for the encoder"),
             ("torch.nn:no_such", "no function 'no_such'"),
+            ("torch.nn:Linear", "'torch.nn:Linear' cannot be called without arguments"),
         ],
     )
     def test_of_something_else(self, name, message):

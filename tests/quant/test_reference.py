@@ -285,6 +285,18 @@ def test_stored_bytes_count_weights_biases_and_grids():
     assert stored_bytes(frozen) >= weights + channels * 8
 
 
+def test_stored_bytes_count_what_stays_in_float():
+    network = CASES["plain"].network()
+    sizes = {}
+    for layers in ((), ("middle",), ("*",)):
+        spec = QuantSpec(float_layers=layers)
+        sizes[layers] = stored_bytes(freeze(quantized(network, spec, images(network))))
+    middle = network.middle.weight.numel()
+    assert sizes["middle",] - sizes[()] == pytest.approx(3 * middle, abs=300)
+    everything = sum(p.numel() for p in network.parameters())
+    assert 4 * everything <= sizes["*",] < 4 * everything + 30
+
+
 def test_calibrating_again_changes_the_frozen_network():
     """A frozen network is a snapshot, not a view."""
     network = CASES["plain"].network()

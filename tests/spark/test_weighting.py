@@ -81,6 +81,40 @@ class TestEverySource:
             Weighting().learn_from(*images)
 
 
+@pytest.mark.parametrize(("side", "grid"), [(20, 8), (50, 8), (48, 8), (16, 64), (37, 8)])
+def test_pixels_lie_in_the_cells_that_were_made_of_them(side, grid):
+    """Where G does not divide a side, cells reach beyond it."""
+    per_cell = -(-side // grid)
+    for row in (0, side // 2, side - 1):
+        image = torch.zeros(1, 1, side, side)
+        image[:, :, row] = 1
+        cells = to_cells(image, grid).mean(-1)
+        weights = to_pixels((cells > 0).float(), (side, side))
+        assert weights.shape == (1, 1, side, side)
+        own = torch.arange(side) // per_cell == row // per_cell
+        brightest = weights[0, 0, :, 0] > 0.9 * weights.max()
+        assert own[brightest].all()
+
+
+@pytest.mark.parametrize(
+    ("name", "option"),
+    [
+        ("constant", "value"),
+        ("random", "mean"),
+        ("random", "sigma"),
+        ("fixed:student_error", "sigma"),
+        ("spark-paper", "sigma"),
+        ("spark-paper", "learning_rate"),
+        ("spark", "learning_rate"),
+    ],
+)
+def test_numbers_are_numbers(name, option, images):
+    assert weighting(name, **{option: 1})(*images).is_floating_point()
+    for value in (-1, math.nan, math.inf):
+        with pytest.raises(ValueError, match=rf"{option} = {value}: give a number >= 0"):
+            weighting(name, **{option: value})
+
+
 def test_to_pixels_is_bilinear_between_the_centres_of_cells():
     weights = torch.tensor([[0.0, 1.0], [0.4, 0.6]]).view(1, 1, 2, 2)
     row = [0.0, 0.25, 0.75, 1.0]

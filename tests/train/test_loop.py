@@ -286,7 +286,7 @@ class TestDivergence:
 
     def assert_stops_with_a_good_checkpoint(self, run: Run, *, step: int, saved: int) -> None:
         with pytest.raises(
-            SparkirError, match=rf"at step {step}; the last good state is .*last\.pt"
+            SparkirError, match=rf"at step {step}; the last saved state is .*last\.pt"
         ):
             run.train()
         again = Run(run.task, run.state, run.settings, run.checkpoint).resume()

@@ -20,7 +20,7 @@ try:
 except ModuleNotFoundError:  # Windows
     fcntl = None  # type: ignore[assignment]
 
-_PARTIAL = re.compile(r"\.[0-9a-f]{32}\.partial")  # other programs have `.partial` files, too
+_PARTIAL = re.compile(r"\.[0-9a-f]{32}\.partial")
 _ABANDONED_AFTER_S = 3600.0  # a process that still writes touches its folder far more often
 
 
@@ -89,6 +89,17 @@ def held(path: Path, *, wait: bool) -> Iterator[BinaryIO]:
         yield file
 
 
+def remove_partials(folder: Path) -> None:
+    """Delete what killed processes left anywhere in a folder, which nobody else may work in."""
+    for partial in [path for path in folder.rglob(".*.partial") if is_partial(path)]:
+        _remove(partial)
+
+
+def is_partial(path: Path) -> bool:
+    """Whether something is called as what is not finished here; other programs have such, too."""
+    return _PARTIAL.fullmatch(path.name) is not None
+
+
 def _partial_beside(path: Path) -> Path:
     # Not tempfile: that makes private files (0600), and the result should obey the user's umask.
     return path.with_name(f".{uuid.uuid4().hex}.partial")
@@ -97,13 +108,16 @@ def _partial_beside(path: Path) -> Path:
 def _remove_abandoned(parent: Path) -> None:
     """Delete the leftovers of killed processes, and only those: a live one may be at work."""
     for partial in parent.glob(".*.partial"):
-        if not _PARTIAL.fullmatch(partial.name):
+        if not is_partial(partial):
             continue
         with suppress(OSError):  # its owner finished meanwhile, or is somebody else
             touched = max(path.stat().st_mtime for path in (partial, *partial.glob("*")))
-            if time.time() - touched <= _ABANDONED_AFTER_S:
-                continue
-            if partial.is_dir():
-                shutil.rmtree(partial, ignore_errors=True)
-            else:
-                partial.unlink(missing_ok=True)
+            if time.time() - touched > _ABANDONED_AFTER_S:
+                _remove(partial)
+
+
+def _remove(partial: Path) -> None:
+    if partial.is_dir():
+        shutil.rmtree(partial, ignore_errors=True)
+    else:
+        partial.unlink(missing_ok=True)

@@ -17,7 +17,7 @@ from sparkir.data.atomic import atomic_file
 from sparkir.errors import SparkirError
 
 _BITS, _PHOTOMETRIC, _PLANAR = 258, 262, 284  # tags of TIFF
-_WHITE = 65535
+_WHITE, _BYTE = 65535, 255
 
 # What Pillow's decoders are known to raise on damaged files.
 _DECODER_ERRORS = (
@@ -44,8 +44,8 @@ def read_image(path: Path) -> UInt8[np.ndarray, "h w 3"]:
 
     Raises:
         SparkirError: the file is missing, truncated, broken, not an image, of more than twice
-            `PIL.Image.MAX_IMAGE_PIXELS` pixels, or holds numbers with no agreed white (floats, or
-            integers outside 0..65535).
+            `PIL.Image.MAX_IMAGE_PIXELS` pixels, or holds numbers with no agreed white (floats,
+            integers outside 0..65535, or 0..255 in 32 bits).
     """
     with _opened(path) as image:
         if deep_planes(image):
@@ -131,13 +131,16 @@ class GreyLevels:
     """How a file of grey with more than 8 bits means its numbers; known before it is decoded."""
 
     bits: int
+    """Those that are stored: of 32, white is that of 16."""
     black_is_zero: bool
 
     @classmethod
     def of(cls, image: Image.Image) -> "GreyLevels":
         """As the file says."""
         inverted = getattr(image, "tag_v2", {}).get(_PHOTOMETRIC) == 0
-        return cls(12 if raw_mode(image).startswith("I;12") else 16, not inverted)
+        stored = raw_mode(image)
+        bits = next((n for n in (12, 32) if stored.startswith(f"I;{n}")), 16)
+        return cls(bits, not inverted)
 
     def read(self, grey: Integer[np.ndarray, "h w"]) -> Integer[np.ndarray, "h w"]:
         """The numbers that Pillow decodes -> 0 for black to 65535 for white.
@@ -147,6 +150,8 @@ class GreyLevels:
         """
         if grey.min() < 0 or grey.max() > _WHITE:
             raise ValueError("it holds integers outside 0..65535; convert it to 8 or 16 bits")
+        if self.bits > 16 and 0 < grey.max() <= _BYTE:
+            raise ValueError("it holds 0..255 in 32 bits, and would be black; convert it to 8 bits")
         levels = grey.astype(np.int64)
         if self.bits < 16:
             white = 2**self.bits - 1

@@ -44,6 +44,15 @@ def installed(runtime: Runtime) -> bool:
     return find_spec(runtime) is not None
 
 
+def require_runtime(runtime: Runtime) -> None:
+    """Say how to install this runtime, if it is missing."""
+    if not installed(runtime):
+        raise SparkirError(
+            f"{TITLES[runtime]} is not installed: "
+            f'pip install "sparkir[{_EXTRAS[runtime]}]", or pip install {runtime} alone'
+        )
+
+
 def cannot_compute(what: object, shape: Sequence[int], error: BaseException) -> SparkirError:
     """What is to be said of an input at which a network or a runtime fails."""
     return SparkirError(
@@ -59,11 +68,7 @@ def open_session(
     Raises:
         SparkirError: the runtime is not installed, or cannot open the file.
     """
-    if not installed(runtime):
-        raise SparkirError(
-            f"{TITLES[runtime]} is not installed: "
-            f'pip install "sparkir[{_EXTRAS[runtime]}]", or pip install {runtime} alone'
-        )
+    require_runtime(runtime)
     if isinstance(model, Path) and not model.is_file():
         raise SparkirError(f"there is no file {model}; check the path")
     opener = {"onnxruntime": OnnxRuntimeSession, "openvino": OpenVinoSession}[runtime]

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from sparkir.distill.encoder import Codebook, Encoded, Encoder, encode, encoder_of, fit_codebook
 from sparkir.distill.features import observe
 from sparkir.distill.method import Method, Seen, Setting, Term
+from sparkir.errors import SparkirError
 from sparkir.models.modes import device_of
 from sparkir.quant.arithmetic import exact_rounding
 from sparkir.quant.prepare import carry_facts
@@ -164,7 +165,18 @@ def _noisy(lq: Float[Tensor, "b c h w"]) -> Float[Tensor, "b c h w"]:
 
 @torch.no_grad()
 def _codebook(encoder: Encoder, setting: Setting, device: torch.device) -> Codebook:
-    if encoder.codebook is not None:
-        return Codebook(encoder.codebook.to(device), torch.ones((), device=device))
     examples = setting.examples[0].to(device)
-    return fit_codebook(encode(encoder, observe(setting.teacher, (), examples)[0]).latents)
+    encoded = encode(encoder, observe(setting.teacher, (), examples)[0])
+    if len(encoded.levels) != len(_LEVEL_WEIGHTS):
+        raise SparkirError(
+            f"dckd compares {len(_LEVEL_WEIGHTS)} levels of features, and {encoder.name} gives "
+            f"{len(encoded.levels)}; give it an encoder of that many"
+        )
+    if encoder.codebook is None:
+        return fit_codebook(encoded.latents)
+    if encoder.codebook.shape[1:] != encoded.latents.shape[1:2]:
+        raise SparkirError(
+            f"the codes of {encoder.name} are {tuple(encoder.codebook.shape)}, and its latents "
+            f"have {encoded.latents.shape[1]} channels; a codebook is (codes, channels)"
+        )
+    return Codebook(encoder.codebook.to(device), torch.ones((), device=device))

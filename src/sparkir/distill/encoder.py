@@ -23,7 +23,7 @@ class Encoded(NamedTuple):
     """An image as an encoder sees it."""
 
     levels: list[Tensor]
-    """Features (b, c, h, w) from fine to coarse."""
+    """Features (b, c, h, w) from fine to coarse; DCKD wants five."""
     latents: Tensor
     """(b, d, h, w), what codes are assigned to."""
 
@@ -52,7 +52,11 @@ def encoder_of(name: str) -> Encoder:
     """
     if not name:
         return RandomEncoder()
-    made = find_function(name, "encoder")()
+    function = find_function(name, "encoder")
+    try:
+        made = function()
+    except TypeError as error:
+        raise SparkirError(f"{name!r} cannot be called without arguments: {error}") from error
     if not isinstance(made, Encoder):
         raise SparkirError(
             f"{name!r} made {type(made).__name__}; it must return a sparkir.distill.encoder.Encoder"

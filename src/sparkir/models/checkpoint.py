@@ -13,6 +13,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from sparkir.data.atomic import atomic_file
+from sparkir.data.codec import one_line
 from sparkir.errors import SparkirError
 
 _NESTS = (
@@ -131,7 +132,10 @@ def save_weights(
         with atomic_file(path) as file:
             file.write(content)
     except OSError as error:
-        raise SparkirError(f"cannot write weights to {path}: {error}") from error
+        raise SparkirError(
+            f"cannot write weights to {path}: {one_line(error)}; free some space, or choose "
+            "another place"
+        ) from error
 
 
 def _read_safetensors(path: Path) -> Mapping[str, Any]:

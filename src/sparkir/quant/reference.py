@@ -243,7 +243,10 @@ def same_weights(frozen: nn.Module) -> list[list[str]]:
 
 
 def stored_bytes(frozen: nn.Module) -> int:
-    """Bytes of an integer network's weights, as files pack them, of its biases and its steps."""
+    """Bytes of an integer network's weights, as files pack them, of its biases and its steps.
+
+    What stayed in floating point counts as it is.
+    """
     placement = placement_of(frozen)
     grids = sum(isinstance(module, IntegerQuantizer) for module in frozen.modules())
     total = grids * (_STEP_BYTES + 1)
@@ -255,4 +258,16 @@ def stored_bytes(frozen: nn.Module) -> int:
         for layer in layers:
             rows = _STEP_BYTES + (0 if layer.bias is None else _BIAS_BYTES)
             total += len(layer.weight) * rows
-    return total
+    return total + _float_bytes(frozen)
+
+
+def _float_bytes(frozen: nn.Module) -> int:
+    """Bytes of all that belongs neither to a layer of integers nor to a grid."""
+    counted = IntegerLayer | IntegerQuantizer
+    tensors = {
+        id(tensor): tensor
+        for module in frozen.modules()
+        if not isinstance(module, counted)
+        for tensor in (*module.parameters(recurse=False), *module.buffers(recurse=False))
+    }
+    return sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())

@@ -12,7 +12,15 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
+from sparkir.data.codec import one_line
 from sparkir.errors import SparkirError
+
+
+def _not_writable(path: Path, error: OSError) -> SparkirError:
+    return SparkirError(
+        f"cannot write the event stream {path}: {one_line(error)}; free some space, and go on with "
+        "the run"
+    )
 
 
 class EventLog:
@@ -28,7 +36,7 @@ class EventLog:
             _drop_cut_line(path)
             self._file = path.open("a", encoding="utf-8")
         except OSError as error:
-            raise SparkirError(f"cannot write the event stream {path}: {error}") from error
+            raise _not_writable(path, error) from error
         self._path = path
 
     def __call__(self, event: dict[str, Any]) -> None:
@@ -42,7 +50,7 @@ class EventLog:
             self._file.write(line + "\n")
             self._file.flush()
         except OSError as error:
-            raise SparkirError(f"cannot write the event stream {self._path}: {error}") from error
+            raise _not_writable(self._path, error) from error
 
     def __enter__(self) -> Self:
         return self

@@ -7,6 +7,7 @@ per-location distillation loss. Most are fixed; `SparkPaper` learns.
 from __future__ import annotations
 
 import inspect
+import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
@@ -36,11 +37,13 @@ _SMALLEST_DEVIATION = 0.01
 
 
 def to_pixels(weights: Float[Tensor, "b 1 g g"], size: tuple[int, int]) -> Float[Tensor, "b 1 h w"]:
-    """W on the grid -> W on the image.
+    """W on the grid -> W on the image, of which `to_cells` made the cells.
 
     unspecified in the paper: bilinear.
     """
-    return F.interpolate(weights, size=size, mode="bilinear", align_corners=False)
+    whole = [side + -side % cells for side, cells in zip(size, weights.shape[-2:], strict=True)]
+    smooth = F.interpolate(weights, size=whole, mode="bilinear", align_corners=False)
+    return smooth[..., : size[0], : size[1]]
 
 
 class Weighting(nn.Module):
@@ -396,9 +399,13 @@ def weighting(name: str, **options: int | float) -> Weighting:
         TypeError: an option that the source does not have.
         ValueError: an option's value that it cannot take.
     """
-    known = options_of(name)
+    known, chosen = options_of(name), dict(options)
     for option, value in options.items():
         whole = isinstance(value, int) and value >= 1
         if isinstance(known.get(option), int) and not whole:
             raise ValueError(f"{option} = {value!r}: give a whole number >= 1")
-    return _SOURCES[name](**options)
+        if isinstance(known.get(option), float):
+            if not 0 <= value < math.inf:
+                raise ValueError(f"{option} = {value!r}: give a number >= 0")
+            chosen[option] = float(value)  # of TOML, 1 is a whole number
+    return _SOURCES[name](**chosen)

@@ -86,7 +86,7 @@ def train(
             The first one writes the checkpoints.
 
     Raises:
-        Diverged: the loss or a gradient is no longer finite; the last checkpoint is good.
+        Diverged: the loss or a gradient is no longer finite; the last checkpoint is of before.
         Interrupted: see `stop_requested`.
     """
     device = next(task.student.parameters()).device
@@ -205,9 +205,10 @@ def _checked_norm(
 
 
 def _diverged(what: str, step: int, checkpoint: Path) -> Diverged:
-    kept = f"the last good state is {checkpoint}" if checkpoint.exists() else "nothing was saved"
+    kept = f"the last saved state is {checkpoint}" if checkpoint.exists() else "nothing was saved"
     return Diverged(
-        f"{what} at step {step}; {kept}. Lower train.learning_rate or set train.clip_norm"
+        f"{what} at step {step}; {kept}. Start a new run with a lower train.learning_rate, or with "
+        "train.clip_norm"
     )
 
 

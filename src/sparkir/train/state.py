@@ -36,6 +36,8 @@ class TrainState:
     step: int = 0
     best: dict[str, float] = field(default_factory=dict)
     """Step and PSNR of the best evaluation so far."""
+    began_with: dict[str, str] = field(default_factory=dict)
+    """Student or teacher -> a hash of the weights that the run was given."""
 
     def state_dict(self) -> dict[str, Any]:
         """All of it, random generators included, as tensors and plain values."""
@@ -49,6 +51,7 @@ class TrainState:
             "average": None if self.average is None else self.average.state_dict(),
             "step": self.step,
             "best": dict(self.best),
+            "began_with": dict(self.began_with),
             "random": _random_state(),
         }
 
@@ -63,6 +66,12 @@ class TrainState:
                 f"the checkpoint has format {state.get('format')}, this version reads {FORMAT}; "
                 "start a new run"
             )
+        for role, known in state.get("began_with", {}).items():
+            if self.began_with.get(role, known) != known:
+                raise SparkirError(
+                    f"the weights of the {role} are not those that this run began with; put the "
+                    "old ones back, or start a new run with another --out"
+                )
         self.student.load_state_dict(state["student"])
         self.weighting.load_state_dict(state["weighting"])
         self.method.load_state_dict(state.get("method", {}))  # older files: plain distillation
