@@ -8,7 +8,7 @@ import torch
 from helpers import call, one_order_of_sums, write_recipe
 from sparkir import run
 from sparkir.assemble import gather, task_of
-from sparkir.quant.calibrate import activation_quantizers
+from sparkir.quant.quantizer import activation_quantizers
 from sparkir.recipe import load
 from sparkir.run import train_student
 from sparkir.train.loop import Interrupted

@@ -52,9 +52,9 @@ from sparkir.measure import (
     runtime_contender,
     trained_contenders,
 )
-from sparkir.quant.calibrate import leave_in_float
 from sparkir.quant.fused import require_compiler
 from sparkir.quant.prepare import prepare
+from sparkir.quant.quantizer import leave_in_float
 from sparkir.quant.reference import freeze
 from sparkir.recipe import Recipe, WeightingChoice, differences, load
 from sparkir.report.events import EventLog, to_json, training_folder

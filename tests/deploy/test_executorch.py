@@ -30,8 +30,9 @@ from sparkir.deploy.mobile_parity import (
 from sparkir.errors import SparkirError
 from sparkir.models.facts import ModelFacts
 from sparkir.quant.arithmetic import Quantized, Sum, quantize
-from sparkir.quant.calibrate import activation_quantizers, calibrate
+from sparkir.quant.calibrate import calibrate
 from sparkir.quant.prepare import carry_facts, placement_of, prepare
+from sparkir.quant.quantizer import activation_quantizers
 from sparkir.quant.reference import IntegerLayer, freeze
 from sparkir.quant.spec import QuantSpec
 from sparkir.quant.targets import TargetName

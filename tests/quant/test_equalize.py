@@ -6,16 +6,17 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
-from toys import CASES, WIDTH, Toy, convolution, images
+from toys import CASES, WIDTH, Toy, Written, convolution, images
 
 from sparkir.distill.features import observe
 from sparkir.errors import SparkirError
 from sparkir.models.registry import build
-from sparkir.quant.calibrate import calibrate, leave_in_float
+from sparkir.quant.calibrate import calibrate
 from sparkir.quant.channels import FIXED, ChannelReader
 from sparkir.quant.equalize import equalize
 from sparkir.quant.layers import QuantConv2d
 from sparkir.quant.prepare import prepare
+from sparkir.quant.quantizer import leave_in_float
 from sparkir.quant.spec import QuantSpec
 from sparkir.quant.targets import TARGETS
 
@@ -296,3 +297,51 @@ def test_ranges_are_of_all_batches_and_gradients_of_the_first_three():
     more, _ = equalize(copy.deepcopy(student), [dull] * 3 + [2 * dull])
     assert more.tensors > 1.1 * before.tensors  # grids are wider
     assert more.weights == before.weights
+
+
+def shares_a_bias():
+    network = Written(lambda net, x: net.middle(net.wide(x)), wide=convolution(8, 8))
+    network.wide.bias = network.middle.bias
+    return network, {}
+
+
+def shares_weights_with_a_layer_in_float():
+    network = Written(lambda net, x: net.middle(net.wide(F.relu(x))), wide=convolution(8, 8))
+    network.wide.weight = network.middle.weight
+    return network, {"float_layers": ("wide",)}
+
+
+def shares_weights_with_a_function():
+    def body(net, x):
+        return F.conv_transpose2d(net.wide(F.relu(x)), net.wide.weight, padding=1)
+
+    return Written(body, wide=convolution(8, 8)), {}
+
+
+def reads_one_tensor_twice():
+    def body(net, x):
+        return net.wide(torch.cat([x, net.middle(x), x], 1))
+
+    return Written(body, wide=convolution(24, 8)), {}
+
+
+@pytest.mark.parametrize("target", ["onnxruntime", "openvino"])
+@pytest.mark.parametrize(
+    "make",
+    [
+        shares_a_bias,
+        shares_weights_with_a_layer_in_float,
+        shares_weights_with_a_function,
+        reads_one_tensor_twice,
+    ],
+)
+def test_what_others_own_too_is_not_scaled(make, target):
+    network, options = make()
+    x = images(network)
+    student = prepare(network, QuantSpec(target=target, **options)).eval()
+    with torch.no_grad():
+        leave_in_float(student, on=True)
+        before = student(x)
+        equalize(student, [x])
+        leave_in_float(student, on=True)
+        torch.testing.assert_close(student(x), before, rtol=1e-4, atol=1e-5)

@@ -6,10 +6,11 @@ import torch.nn.functional as F
 from torch import nn
 
 from sparkir.models.facts import ModelFacts
-from sparkir.quant.calibrate import activation_quantizers, calibrate, leave_in_float
+from sparkir.quant.calibrate import calibrate
 from sparkir.quant.interpolate import ExactBilinear
 from sparkir.quant.layers import Add
 from sparkir.quant.prepare import placement_of, prepare
+from sparkir.quant.quantizer import activation_quantizers, leave_in_float
 from sparkir.quant.spec import QuantSpec
 
 SIZES = [((10, 9), (70, 61)), ((3, 5), (3, 5)), ((1, 4), (9, 8)), ((12, 12), (5, 7))]

@@ -2,6 +2,7 @@
 
 import copy
 import dataclasses
+import pickle
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -16,6 +17,7 @@ from toys import (
     WIDTH,
     Plain,
     Toy,
+    Written,
     convolution,
     images,
     in_turn,
@@ -27,11 +29,13 @@ from toys import (
 from sparkir.errors import SparkirError
 from sparkir.models.facts import ModelFacts
 from sparkir.models.registry import available, build
-from sparkir.quant.calibrate import activation_quantizers, leave_in_float
+from sparkir.quant.calibrate import calibrate
+from sparkir.quant.equalize import equalize
 from sparkir.quant.interpolate import ExactBilinear
 from sparkir.quant.layers import PassThrough, Table
 from sparkir.quant.prepare import example_px, placement_of, prepare
-from sparkir.quant.quantizer import ActivationQuantizer
+from sparkir.quant.quantizer import ActivationQuantizer, activation_quantizers, leave_in_float
+from sparkir.quant.reference import freeze
 from sparkir.quant.spec import QuantSpec
 
 W4A4 = QuantSpec(weight_bits=4, activation_bits=4)
@@ -523,3 +527,118 @@ def test_float_layers_that_there_are_not():
         SparkirError, match=r"no layer is called 'x\*'; layers: head.0, body.0.body.0"
     ):
         prepare(network, QuantSpec(float_layers=("x*",)))
+
+
+class ChannelsLast(nn.LayerNorm):
+    """As ConvNeXt has it."""
+
+    def forward(self, x):
+        return super().forward(x.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
+
+
+class WithArguments(Toy):
+    def forward(self, x, mask=None, depth=2, strength=0.5, *more):
+        x = self.head(x)
+        for _ in range(depth):
+            x = self.middle(x)
+        if mask is not None:
+            x = x * mask
+        return self.tail(x * strength)
+
+
+class DropsInTraining(Toy):
+    def body(self, x):
+        return F.dropout(self.middle(x), 0.1, self.training)
+
+
+BROUGHT = {
+    "a normalisation of its own": Written(lambda net, x: net.norm(x), norm=ChannelsLast(8)),
+    "without weights": Written(
+        lambda net, x: net.norm(x), norm=ChannelsLast(8, elementwise_affine=False)
+    ),
+    "in place, a function": Written(lambda net, x: F.leaky_relu_(x, 0.1) + net.middle(x)),
+    "in place, another": Written(lambda net, x: F.elu_(net.middle(x))),
+    "by the argument's name": Written(lambda net, x: torch.sigmoid(input=net.middle(x))),
+    "more arguments": WithArguments(),
+    "dropout": DropsInTraining(),
+    "one tensor twice": Written(
+        lambda net, x: net.wide(torch.cat([x, x], 1)), wide=convolution(16, 8)
+    ),
+    "an average over one pixel": Written(
+        lambda net, x: x * torch.sigmoid(F.adaptive_avg_pool2d(net.middle(x), [1, 1]))
+    ),
+    "an average in NumPy's words": Written(
+        lambda net, x: x * torch.sigmoid(net.middle(x).mean(axis=(2, 3), keepdims=True))
+    ),
+    "a factor, and read twice": Written(lambda net, x: (y := net.middle(x)) * 0.1 + y),
+    "a factor, called twice": Written(lambda net, x: net.middle(F.relu(net.middle(x))) * 0.1),
+    "a factor, reflecting": Written(
+        lambda net, x: net.wide(x) * 0.1, wide=convolution(8, 8, padding_mode="reflect")
+    ),
+    "a factor in a buffer": Written(lambda net, x: net.middle(x) * net.factor),
+    "a constant kernel with a bias": Written(
+        lambda net, x: F.conv2d(x, net.kernel, net.middle.bias, padding=1, groups=8)
+    ),
+}
+BROUGHT["a factor in a buffer"].register_buffer("factor", torch.rand(8, 1, 1))
+BROUGHT["a constant kernel with a bias"].register_buffer("kernel", torch.full((8, 1, 3, 3), 1 / 9))
+
+
+@pytest.mark.parametrize("target", ["onnxruntime", "openvino"])
+@pytest.mark.parametrize("equalizes", [False, True], ids=["", "equalized"])
+@pytest.mark.parametrize("case", BROUGHT)
+def test_what_users_bring_is_computed_as_it_was_written(case, equalizes, target):
+    network = copy.deepcopy(BROUGHT[case]).train()
+    x = images(network)
+    student = prepare(network, QuantSpec(target=target))
+    assert student.training
+    if equalizes:
+        equalize(student, [x])
+    calibrate(student, [x])
+    student.eval()
+    with torch.no_grad():
+        expected, found = network.eval()(x).clamp(0, 1), student(x)
+    assert (found - expected).square().mean().log10() < -4  # 40 dB; wrong is 30
+    frozen = freeze(student)
+    assert torch.equal(frozen(x), found)
+    assert torch.equal(pickle.loads(pickle.dumps(frozen))(x), found)
+
+
+def test_a_learned_kernel_of_a_function_is_no_constant():
+    """Even where its first values lie on a grid."""
+    network = Written(lambda net, x: F.conv2d(x, net.kernel, padding=1, groups=8))
+    network.kernel = nn.Parameter(torch.full((8, 1, 3, 3), 1 / 9))
+    student = prepare(network, QuantSpec())
+    assert student.kernel.requires_grad
+    (reason,) = student.placement.left_in_float.values()
+    assert "make it an nn.Conv2d" in reason
+
+
+def test_a_subclass_says_itself_why_it_stays_in_float():
+    own = type("Own", (nn.Conv2d,), {"stays_in_float": "it is delicate", "__module__": __name__})
+    network = Written(lambda net, x: net.own(x), own=own(8, 8, 3, padding=1))
+    assert prepare(network, QuantSpec()).placement.left_in_float == {"own": "it is delicate"}
+
+
+@pytest.mark.parametrize("name", ["to_image", "quantizers", "operations", "taps", "rewritten"])
+def test_names_that_prepared_networks_need(name):
+    """Or a layer would be replaced without a word."""
+    network = Written(lambda net, x: getattr(net, name)(x), **{name: convolution(8, 8)})
+    with pytest.raises(SparkirError, match=rf"Written\.{name} has a name .* rename it"):
+        prepare(network, QuantSpec())
+
+
+@pytest.mark.filterwarnings("ignore:.*weight_norm. is deprecated:FutureWarning")
+@pytest.mark.parametrize(
+    "normalise",
+    [
+        nn.utils.weight_norm,
+        nn.utils.spectral_norm,
+        nn.utils.parametrizations.weight_norm,
+        nn.utils.parametrizations.spectral_norm,
+    ],
+)
+def test_weights_that_are_made_anew_for_every_call(normalise):
+    network = Written(lambda net, x: net.wide(x), wide=normalise(convolution(8, 8)))
+    with pytest.raises(SparkirError, match=r"the weight of wide is made anew.*first"):
+        prepare(network, QuantSpec())

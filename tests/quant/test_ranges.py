@@ -10,8 +10,9 @@ from torch import nn
 from toys import WIDTH, Plain, images
 
 from sparkir.errors import SparkirError
-from sparkir.quant.calibrate import activation_quantizers, calibrate
+from sparkir.quant.calibrate import calibrate
 from sparkir.quant.prepare import prepare
+from sparkir.quant.quantizer import activation_quantizers
 from sparkir.quant.ranges import SAMPLES, RangeObserver, fit_grid, fit_weight_scale
 from sparkir.quant.spec import QuantSpec
 

@@ -7,12 +7,13 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
-from toys import CASES, Toy, convolution, images, quantized
+from toys import CASES, Written, convolution, images, quantized
 
 from sparkir.quant import fused
 from sparkir.quant.forms import in_rows, shuffle_rows
 from sparkir.quant.layers import QuantConv2d
 from sparkir.quant.prepare import prepare
+from sparkir.quant.reference import freeze
 from sparkir.quant.spec import QuantSpec
 
 
@@ -33,32 +34,31 @@ def test_by_hand(factor, channels):
     assert found.is_contiguous(memory_format=last)
 
 
-class Shuffle(Toy):
-    """A convolution and a pixel shuffle, `written` in one way or another."""
-
-    def __init__(self, written, **options):
-        super().__init__()
-        self.wide, self.shuffle = convolution(8, 32, **options), nn.PixelShuffle(2)
-        self.written = written
-
-    def body(self, x):
-        return F.max_pool2d(self.written(self, x), 2)
+def shuffle(body, **options):
+    """A network of a convolution and a pixel shuffle, written in one way or another."""
+    wide = convolution(8, 32, **options)
+    return Written(
+        lambda net, x: F.max_pool2d(body(net, x), 2), wide=wide, shuffle=nn.PixelShuffle(2)
+    )
 
 
 TOLD = {
-    "a module": Shuffle(lambda net, x: net.shuffle(net.wide(x))),
-    "a function": Shuffle(lambda net, x: F.pixel_shuffle(net.wide(x), 2)),
-    "by name": Shuffle(lambda net, x: torch.pixel_shuffle(net.wide(x), upscale_factor=2)),
-    "a ReLU between": Shuffle(lambda net, x: net.shuffle(net.relu(net.wide(x)))),
-    "called twice": Shuffle(lambda net, x: net.shuffle(net.wide(x)) + net.shuffle(net.wide(x))),
+    "a module": shuffle(lambda net, x: net.shuffle(net.wide(x))),
+    "a function": shuffle(lambda net, x: F.pixel_shuffle(net.wide(x), 2)),
+    "by name": shuffle(lambda net, x: torch.pixel_shuffle(net.wide(x), upscale_factor=2)),
+    "a ReLU between": shuffle(lambda net, x: net.shuffle(net.relu(net.wide(x)))),
+    "called twice": shuffle(lambda net, x: net.shuffle(net.wide(x)) + net.shuffle(net.wide(x))),
 }
 NOT_TOLD = {
-    "read by another": Shuffle(
+    "read by another": shuffle(
         lambda net, x: net.shuffle(y := net.wide(x)) + net.shuffle(y.roll(1, 1))
     ),
-    "in groups": Shuffle(lambda net, x: net.shuffle(net.wide(x)), groups=2),
-    "moved between": Shuffle(lambda net, x: net.shuffle(net.wide(x).roll(1, 1))),
-    "not after a convolution": Shuffle(lambda net, x: net.shuffle(torch.cat([x, x, x, x], 1))),
+    "in groups": shuffle(lambda net, x: net.shuffle(net.wide(x)), groups=2),
+    "moved between": shuffle(lambda net, x: net.shuffle(net.wide(x).roll(1, 1))),
+    "by a factor that follows from a size": shuffle(
+        lambda net, x: F.pixel_shuffle(y := net.wide(x), y.shape[1] // 16)
+    ),
+    "not after a convolution": shuffle(lambda net, x: net.shuffle(torch.cat([x, x, x, x], 1))),
 }
 
 
@@ -115,6 +115,16 @@ def test_networks_train_the_same(uncompiled, case):
     for name, gradient in found.items():
         largest = float(expected[name].abs().max())
         torch.testing.assert_close(gradient, expected[name], rtol=1e-4, atol=1e-5 * largest)
+
+
+def test_a_frozen_network_has_its_channels_in_order(uncompiled):
+    """Wherever it runs."""
+    network = CASES["edsr"].network().to(memory_format=torch.channels_last)
+    x = images(network).contiguous(memory_format=torch.channels_last)
+    frozen = freeze(quantized(network, QuantSpec(), x))
+    expected = frozen(x)
+    with fused.fused_rounding(True):
+        assert torch.equal(frozen(x), expected)
 
 
 def test_only_then_and_only_in_channels_last(uncompiled):

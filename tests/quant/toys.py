@@ -17,9 +17,9 @@ from sparkir.models.mirnet import DualAttention, SelectiveKernelFusion
 from sparkir.models.normalize import LayerNorm2d
 from sparkir.models.registry import build
 from sparkir.models.resample import BilinearUp, BlurDown
-from sparkir.quant.calibrate import activation_quantizers, calibrate
+from sparkir.quant.calibrate import calibrate
 from sparkir.quant.prepare import prepare
-from sparkir.quant.quantizer import ActivationQuantizer
+from sparkir.quant.quantizer import ActivationQuantizer, activation_quantizers
 from sparkir.quant.ranges import RangeObserver
 from sparkir.quant.spec import QuantSpec
 
@@ -58,6 +58,19 @@ class Toy(nn.Module):
 
     def body(self, x: Tensor) -> Tensor:
         raise NotImplementedError
+
+
+class Written(Toy):
+    """A toy whose body is a function of it and a tensor of `WIDTH` channels, with modules of it."""
+
+    def __init__(self, body: Callable[["Written", Tensor], Tensor], **modules: Any) -> None:
+        super().__init__()
+        self.written = body
+        for name, module in modules.items():
+            setattr(self, name, module)
+
+    def body(self, x):
+        return self.written(self, x)
 
 
 class Plain(Toy):

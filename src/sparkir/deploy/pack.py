@@ -7,6 +7,7 @@ same values.
 
 from __future__ import annotations
 
+import re
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING
@@ -39,7 +40,8 @@ def _name_after_layers(model: onnx.ModelProto, alike: Iterable[Sequence[str]]) -
     their group: no two nodes may have one name.
     """
     waiting = {name: group for group in map(list, alike) for name in tuple(group)}
-    names = {tensor.name: tensor.name.replace(".layer.", ".") for tensor in model.graph.initializer}
+    stored = [tensor.name for tensor in model.graph.initializer]
+    names = {name: re.sub(r"\.layer\.([^.]+)$", r".\1", name) for name in stored}
     _rename(model, names)
     weights = {
         node.output[0]: node.input[0].removesuffix(".weight")

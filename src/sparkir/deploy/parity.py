@@ -24,7 +24,7 @@ from sparkir.models.facts import facts_of
 from sparkir.quant.arithmetic import Quantized
 from sparkir.quant.fixed import Fixed
 from sparkir.quant.graph import Tap
-from sparkir.quant.layers import AbsorbedReLU
+from sparkir.quant.layers import AbsorbedReLU, Add, PassThrough
 from sparkir.quant.prepare import placement_of
 from sparkir.quant.reference import IntegerLayer, IntegerQuantizer
 from sparkir.quant.steps import made_by
@@ -240,15 +240,22 @@ class _TeacherForced(fx.Interpreter):
             LayerParity(
                 name=n.name,
                 is_layer=isinstance(maker, IntegerLayer),
-                is_float=isinstance(maker, Fixed)
-                or source.name in self.left_in_float
-                or str(source.target) in self.left_in_float,
+                is_float=self._is_behind_float(source),
                 differing=int((levels > 0).sum()),
                 total=levels.numel(),
                 largest=int(levels.max()),
             )
         )
         return grid.loaded(runtime)
+
+    def _is_behind_float(self, node: fx.Node) -> bool:
+        """Whether real values that an operation in floating point made flow through `node`."""
+        made_by = self.submodules.get(str(node.target)) if node.op == "call_module" else None
+        if isinstance(made_by, Fixed) or {node.name, str(node.target)} & self.left_in_float.keys():
+            return True
+        if isinstance(made_by, AbsorbedReLU | Add | PassThrough | Tap):
+            return any(map(self._is_behind_float, node.all_input_nodes))
+        return False
 
 
 def teacher_forced(

@@ -13,17 +13,22 @@ from typing import Any, cast
 import torch
 import torch.nn.functional as F
 from torch import Tensor, fx, nn
+from torch.nn.modules.conv import _ConvNd
 
 from sparkir.quant.arithmetic import Quantized
 from sparkir.quant.fixed import Fixed
+from sparkir.quant.forms import InterleavedConv2d
 from sparkir.quant.graph import Tap, is_exponential
 from sparkir.quant.layers import Add, Call, Dequantize, GlobalAverage, MatrixProduct, Table
 from sparkir.quant.prepare import placement_of
 from sparkir.quant.reference import IntegerLayer, IntegerLinear, IntegerQuantizer
 from sparkir.quant.steps import grid_of_input, made_by
 
-_FLOAT_MODULES = (nn.Conv2d, nn.ConvTranspose2d, nn.Linear)  # and what is derived
-_FLOAT_FUNCTIONS = (F.conv2d, F.conv_transpose2d, F.linear)
+_FLOAT_MODULES = (_ConvNd, InterleavedConv2d, nn.Linear)  # and what is derived, or has one inside
+_FLOAT_FUNCTIONS = (
+    *(F.conv1d, F.conv2d, F.conv3d, F.linear),
+    *(F.conv_transpose1d, F.conv_transpose2d, F.conv_transpose3d),
+)
 _RESHAPES = {
     *(Tensor.flatten, Tensor.reshape, Tensor.unflatten, Tensor.view),
     *(torch.flatten, torch.reshape, torch.unflatten),
@@ -217,8 +222,9 @@ def _keep_in_float(view: fx.GraphModule) -> None:
     largest = torch.finfo(torch.float32).max
     for node in view.graph.nodes:
         module = view.get_submodule(str(node.target)) if node.op == "call_module" else None
-        weighs = isinstance(module, _FLOAT_MODULES) or node.target in _FLOAT_FUNCTIONS
-        if weighs or is_exponential(node, view):
+        inside = () if module is None else module.modules()
+        weighs = any(isinstance(part, _FLOAT_MODULES) for part in inside)
+        if weighs or node.target in _FLOAT_FUNCTIONS or is_exponential(node, view):
             source = node.all_input_nodes[0]
             with view.graph.inserting_before(node):
                 bounded = view.graph.call_function(torch.clamp, (source, -largest, largest))

@@ -14,38 +14,12 @@ from sparkir.errors import SparkirError
 from sparkir.models.modes import evaluating
 from sparkir.quant.layers import QuantLayer
 from sparkir.quant.prepare import placement_of
-from sparkir.quant.quantizer import ActivationQuantizer
+from sparkir.quant.quantizer import activation_quantizers, leave_in_float
 from sparkir.quant.ranges import RangeObserver
 from sparkir.quant.spec import Calibration
 from sparkir.quant.steps import leave_ties
 
-
-def activation_quantizers(student: nn.Module) -> dict[str, ActivationQuantizer]:
-    """Every activation quantizer of a prepared network, by name."""
-    return {
-        name: module
-        for name, module in student.named_modules()
-        if isinstance(module, ActivationQuantizer)
-    }
-
-
 NO_IMAGES = "calibration was given no images; it needs at least one"
-
-
-class _Unseen(RangeObserver):
-    """Keeps nothing of what passes."""
-
-    def record(self, x: Tensor) -> None:
-        """Forget `x`."""
-
-
-def leave_in_float(student: nn.Module, *, on: bool) -> None:
-    """Whether values pass the grids of a prepared network as they are, weights too.
-
-    It then computes what it did before it was prepared, and trains as that does.
-    """
-    for quantizer in activation_quantizers(student).values():
-        quantizer.observer = _Unseen() if on else None
 
 
 @torch.no_grad()

@@ -10,7 +10,8 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterable
-from typing import Any
+from operator import attrgetter
+from typing import Any, cast
 
 import torch
 from torch import Tensor, fx, nn
@@ -107,7 +108,8 @@ class ChannelReader(fx.Interpreter):
             case Table() if is_linear_from_zero(module.operation):
                 return inputs[0]
             case Concatenate() if result.dim() == 4 and module.dim in (1, -3):
-                return [channel for part in inputs for channel in part]
+                parts = cast("tuple[fx.Node, ...]", node.args)  # one may be there twice
+                return [channel for part in parts for channel in self.channels[part]]
             case Add() if alike:
                 for pair in zip(*inputs, strict=True):
                     self.classes.join(pair)
@@ -154,14 +156,16 @@ class ChannelReader(fx.Interpreter):
 
 
 def _convolutions_that_can_change(student: fx.GraphModule) -> set[str]:
-    """Those whose weights are their own: used once, and no constants or parts of others."""
-    convolutions = {n: m for n, m in student.named_modules() if isinstance(m, QuantConv2d)}
-    calls = Counter(str(node.target) for node in student.graph.nodes if node.op == "call_module")
-    owners = Counter(id(convolution.weight) for convolution in convolutions.values())
+    """Those whose weights and biases are their own: no constants, nobody else's, parts of none."""
+    owned = [id(p) for module in student.modules() for p in module._parameters.values()]
+    read = [n.target for n in student.graph.nodes if n.op == "get_attr"]  # by a function
+    owners = Counter([*owned, *(id(attrgetter(str(name))(student)) for name in read)])
     return {
         name
-        for name, one in convolutions.items()
-        if calls[name] == owners[id(one.weight)] == 1
+        for name, one in student.named_modules()
+        if isinstance(one, QuantConv2d)
+        and owners[id(one.weight)] == 1
+        and (one.bias is None or owners[id(one.bias)] == 1)
         and one.phases is None
         and not isinstance(one.weight_quantizer, ConstantQuantizer)
     }

@@ -24,11 +24,11 @@ from torch import Tensor, fx, nn
 
 from sparkir.errors import SparkirError
 from sparkir.models.modes import evaluating
-from sparkir.quant.calibrate import NO_IMAGES, leave_in_float
+from sparkir.quant.calibrate import NO_IMAGES
 from sparkir.quant.channels import FIXED, ChannelReader
 from sparkir.quant.graph import Tap
 from sparkir.quant.layers import QuantConv2d
-from sparkir.quant.quantizer import ActivationQuantizer
+from sparkir.quant.quantizer import ActivationQuantizer, leave_in_float
 from sparkir.quant.ranges import NOT_FINITE
 
 _ROUNDS, _RATE = 300, 0.1
@@ -188,7 +188,8 @@ class _Noise:
             with torch.enable_grad():
                 output = reader.run(batch)
                 signs = torch.randint(2, output.shape, generator=draw).to(output) * 2 - 1
-                (output * signs).sum().div(output.numel() ** 0.5).backward()
+                if output.requires_grad:
+                    (output * signs).sum().div(output.numel() ** 0.5).backward()
         if not count:
             raise SparkirError(NO_IMAGES)
         self.student, self.classes = student, reader.classes

@@ -27,8 +27,8 @@ _UNSEEN = 2.0**20
 
 def is_fixed(layer: nn.Module) -> bool:
     """Whether `layer` is an operation that can be computed so."""
-    if isinstance(layer, nn.LayerNorm):
-        return len(layer.normalized_shape) == 1
+    if type(layer) in (nn.LayerNorm, LayerNorm2d):  # what derives may do anything with them
+        return len(cast("nn.LayerNorm", layer).normalized_shape) == 1
     return isinstance(layer, BiasedSoftmax)
 
 

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import inspect
 import operator
+import re
 from collections.abc import Callable, Mapping
 from enum import Enum, auto
+from operator import attrgetter
 from typing import Any, cast
 
 import torch
@@ -146,7 +149,7 @@ class _Tracer(fx.Tracer):
     why: what is computed inside it is then put on no grid; or `of_one_value`: it is a table.
     """
 
-    def __init__(self, taps: tuple[str, ...]) -> None:
+    def __init__(self, taps: tuple[str, ...] = ()) -> None:  # a graph that is unpickled gives none
         super().__init__()
         self.taps = set(taps)
 
@@ -179,8 +182,10 @@ def trace(network: nn.Module, taps: tuple[str, ...]) -> fx.GraphModule:
         SparkirError: its forward cannot be traced; the message has the reason.
     """
     tracer = _Tracer(taps)
+    _, *more = inspect.signature(network.forward).parameters.values()
+    defaults = {p.name: p.default for p in more if p.default is not p.empty}
     try:
-        graph = tracer.trace(network)
+        graph = tracer.trace(network, concrete_args=defaults or None)
     except Exception as error:  # tracing runs the user's code, which may raise anything
         raise SparkirError(
             f"{type(network).__name__}.forward cannot be traced ({error}); make its control flow "
@@ -190,6 +195,8 @@ def trace(network: nn.Module, taps: tuple[str, ...]) -> fx.GraphModule:
     found |= dict(network.named_parameters()) | dict(network.named_buffers())
     found |= _other_tensors(network)
     found |= {f"taps.{path.replace('.', '_')}": Tap() for path in taps}
+    for name in defaults:
+        _forget(graph, name)
     used = {str(node.target) for node in graph.nodes if node.op in ("call_module", "get_attr")}
     root = {name: value for name, value in found.items() if name in used}
     _make_out_of_place(graph, root)
@@ -197,6 +204,17 @@ def trace(network: nn.Module, taps: tuple[str, ...]) -> fx.GraphModule:
     module.graph.eliminate_dead_code()
     module.recompile()
     return module
+
+
+def _forget(graph: fx.Graph, name: str) -> None:
+    """Leave out an argument that was fixed in tracing, and what checks that it is as it was."""
+    for node in list(graph.nodes):
+        if node.op == "placeholder" and re.fullmatch(rf"{name}(_\d+)?", str(node.target)):
+            for check in list(node.users):
+                for reader in list(check.users):
+                    graph.erase_node(reader)
+                graph.erase_node(check)
+            graph.erase_node(node)
 
 
 def _other_tensors(network: nn.Module) -> dict[str, Tensor]:
@@ -232,10 +250,15 @@ def _swap_in_place_function(node: fx.Node) -> bool:
         return True
     is_method = node.op == "call_method"
     name = str(node.target) if is_method else getattr(node.target, "__name__", "")
-    if not (name.endswith("_") and hasattr(Tensor if is_method else torch, name[:-1])):
-        return False
-    node.target = name[:-1] if is_method else getattr(torch, name[:-1])
-    return True
+    plain = name[:-1] if name.endswith("_") else ""
+    if is_method and plain and hasattr(Tensor, plain):
+        node.target = plain
+        return True
+    for where in (torch, F):
+        if not is_method and plain and hasattr(where, plain):
+            node.target = getattr(where, plain)
+            return True
+    return False
 
 
 class _Recorder(fx.Interpreter):
@@ -279,7 +302,7 @@ def classify(network: fx.GraphModule, example: Tensor) -> dict[fx.Node, Kind]:
     for node in network.graph.nodes:
         if node.op == "output":
             kinds[node] = Kind.OUTPUT
-        elif node.op == "placeholder":
+        elif node.op == "placeholder" and node in tensors:
             kinds[node] = Kind.INPUT
         elif node not in tensors or all(
             kinds[source] is Kind.NOT_A_TENSOR for source in node.all_input_nodes
@@ -358,17 +381,31 @@ def is_exponential(node: fx.Node, network: fx.GraphModule) -> bool:
     return node.target in (torch.softmax, F.softmax, "softmax")
 
 
+def is_learned(weight: Tensor) -> bool:
+    """Whether training changes it."""
+    return isinstance(weight, nn.Parameter) and weight.requires_grad
+
+
+def _weight_is_learned(convolution: fx.Node, network: fx.GraphModule) -> bool:
+    weight = named(convolution, "input weight").get("weight")
+    if not isinstance(weight, fx.Node) or weight.op != "get_attr":
+        return False
+    return is_learned(attrgetter(str(weight.target))(network))
+
+
 def reason_for_float(node: fx.Node, network: fx.GraphModule) -> str:
     """Why an operation stays in floating point."""
     kind = _FUNCTIONS.get(node.target)
     if kind in (Kind.ADD, Kind.MULTIPLY, Kind.CONCATENATE, Kind.MATRIX_PRODUCT):
         twice = len(node.args) == 2 and node.args[0] is node.args[1]
         return "its operands are one tensor" if twice else "one of its operands is a constant"
+    if node.target is F.conv2d and _weight_is_learned(node, network):
+        return "its weights are learned, and it is a function; make it an nn.Conv2d"
     if node.op != "call_module":
         return REASONS.get(node.target, "no integer kernel is known for it")
     module = network.get_submodule(str(node.target))
-    if isinstance(module, nn.Conv2d):
-        return f"padding_mode={module.padding_mode!r}; integer kernels pad with zeros"
     if hasattr(module, "stays_in_float"):
         return str(module.stays_in_float)
+    if isinstance(module, nn.Conv2d) and module.padding_mode != "zeros":
+        return f"padding_mode={module.padding_mode!r}; integer kernels pad with zeros"
     return REASONS.get(type(module), "no integer kernel is known for it")

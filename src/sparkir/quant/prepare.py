@@ -18,6 +18,7 @@ from typing import Any, cast
 import torch
 import torch.nn.functional as F
 from torch import Tensor, fx, nn
+from torch.nn.utils.parametrize import is_parametrized
 
 from sparkir.errors import SparkirError, did_you_mean
 from sparkir.models.facts import ModelFacts, facts_of
@@ -49,7 +50,7 @@ from sparkir.quant.layers import (
     QuantLinear,
     Table,
 )
-from sparkir.quant.quantizer import ActivationQuantizer
+from sparkir.quant.quantizer import ActivationQuantizer, leave_in_float
 from sparkir.quant.rewrite import rewrite
 from sparkir.quant.rows import shuffle_in_rows
 from sparkir.quant.spec import CARRIER_BITS, QuantSpec
@@ -57,6 +58,11 @@ from sparkir.quant.steps import restrict_steps
 from sparkir.quant.together import take_steps_together
 
 EXAMPLE_PX = 48
+_OWN_NAMES = {
+    *("code", "dequantize", "graph", "meta", "operations", "placement", "quantizers"),
+    *("rewritten", "taps", "to_image"),
+}
+"""What a prepared network calls its own parts."""
 _MORE_PX = 16
 
 
@@ -120,21 +126,35 @@ def prepare(network: nn.Module, spec: QuantSpec) -> fx.GraphModule:
         SparkirError: the forward cannot be traced, does not take the images that the facts promise,
             or returns several values; or `spec` leaves layers in float that there are not.
     """
+    _require_plain(network)
     facts, device = facts_of(network), device_of(network)
     network = copy.deepcopy(network).cpu()  # where grids and constants are made
-    module = trace(copy.deepcopy(network), facts.taps).eval()  # examples must teach it nothing
+    module = trace(copy.deepcopy(network).eval(), facts.taps)  # examples must teach it nothing
     side = example_px(facts, at_least=EXAMPLE_PX)
     draw = torch.Generator().manual_seed(0)
     example = torch.rand(1, facts.channels, side, side, generator=draw) * facts.value_range
     more = example_px(facts, at_least=side + _MORE_PX) - side
     larger = F.pad(example, (0, more, 0, more))
     original, _ = _outputs(network, example, larger)
-    _require_same(original, module, example)
+    if not _is_same(original, copy.deepcopy(module)(example)):
+        raise SparkirError(
+            f"{type(network).__name__} computes something else when traced: its forward changes a "
+            "tensor in place that it also uses under another name; write y = x + ... instead of "
+            "x += ..."
+        )
     rewrite(module, example, larger, constant_bits=spec.most_weight_bits)
     make_interpolation_exact(module, example)
     plan = _Plan(module, classify(module, example), spec)
     prepared = _Rewriter(module, plan, image_step=facts.value_range / 255).run()
     setattr(prepared, "facts", facts)  # noqa: B010 - for mypy
+    leave_in_float(prepared, on=True)
+    same = _is_same(original, copy.deepcopy(prepared)(example))
+    leave_in_float(prepared, on=False)
+    if not same:
+        raise SparkirError(
+            f"{type(network).__name__} would compute something else in layers of integers; please "
+            "report this with its forward"
+        )
     prepared.train(network.training)
     take_steps_together(prepared)
     shuffle_in_rows(prepared)
@@ -162,20 +182,35 @@ def _outputs(network: nn.Module, *images: Tensor) -> list[object]:
     return found
 
 
-@torch.no_grad()
-def _require_same(original: object, traced: fx.GraphModule, example: Tensor) -> None:
-    """Tracing follows values, not memory: writing into a tensor that has two names escapes it."""
-    found = copy.deepcopy(traced)(example)
-    if not isinstance(original, Tensor) or not isinstance(found, Tensor):
-        return  # refused below, with a better reason
-    atol = 1e-3 * float(original.abs().nan_to_num().mean())
-    close = torch.allclose(original, found, rtol=1e-3, atol=atol, equal_nan=True)
-    if not close:
+def _require_plain(network: nn.Module) -> None:
+    """Stop now if a layer's weight is made of others, or something has a name that is needed here.
+
+    Raises:
+        SparkirError: the message says what to call or to rename.
+    """
+    for name, module in network.named_modules():
+        hooks = {type(hook).__name__ for hook in module._forward_pre_hooks.values()}
+        if is_parametrized(module) or hooks & {"WeightNorm", "SpectralNorm"}:
+            raise SparkirError(
+                f"the weight of {name} is made anew for every call (weight_norm, spectral_norm or "
+                "the like), and what is quantized is the weight itself; call "
+                "torch.nn.utils.remove_weight_norm, remove_spectral_norm or "
+                "parametrize.remove_parametrizations first"
+            )
+    own = {*network._modules, *network._parameters, *network._buffers}
+    for name in sorted(own & _OWN_NAMES):
         raise SparkirError(
-            f"{type(traced).__name__} computes something else when traced: its forward changes a "
-            "tensor in place that it also uses under another name; write y = x + ... instead of "
-            "x += ..."
+            f"{type(network).__name__}.{name} has a name that quantized networks use for something "
+            "else; rename it"
         )
+
+
+def _is_same(original: object, found: object) -> bool:
+    """Tracing follows values, not memory: writing into a tensor that has two names escapes it."""
+    if not isinstance(original, Tensor) or not isinstance(found, Tensor):
+        return True  # refused elsewhere, with a better reason
+    atol = 1e-3 * float(original.abs().nan_to_num().mean())
+    return torch.allclose(original, found, rtol=1e-3, atol=atol, equal_nan=True)
 
 
 def example_px(facts: ModelFacts, *, at_least: int) -> int:
@@ -445,7 +480,8 @@ class _Rewriter:
             case Kind.CONCATENATE:
                 self._become(node, Concatenate(dimension_of(node)), parts_of(node))
             case Kind.TABLE:
-                self._become(node, Table(self._operation(node, *node.args[1:], **node.kwargs)))
+                constants = {name: x for name, x in node.kwargs.items() if name != "input"}
+                self._become(node, Table(self._operation(node, *node.args[1:], **constants)))
             case Kind.AVERAGE:
                 self._become(node, GlobalAverage())
             case Kind.MATRIX_PRODUCT:

@@ -301,3 +301,28 @@ class ConstantQuantizer(nn.Module):
 
     def calibrate(self, weight: Tensor, method: str) -> None:
         """Nothing is left to fit."""
+
+
+def activation_quantizers(student: nn.Module) -> dict[str, ActivationQuantizer]:
+    """Every activation quantizer of a prepared network, by name."""
+    return {
+        name: module
+        for name, module in student.named_modules()
+        if isinstance(module, ActivationQuantizer)
+    }
+
+
+class _Unseen(RangeObserver):
+    """Keeps nothing of what passes."""
+
+    def record(self, x: Tensor) -> None:
+        """Forget `x`."""
+
+
+def leave_in_float(student: nn.Module, *, on: bool) -> None:
+    """Whether values pass the grids of a prepared network as they are, weights too.
+
+    It then computes what it did before it was prepared, and trains as that does.
+    """
+    for quantizer in activation_quantizers(student).values():
+        quantizer.observer = _Unseen() if on else None

@@ -23,6 +23,8 @@ _MOST = 16 * SAMPLES
 """Values kept of one tensor while images pass: 4 MB."""
 _ENOUGH = 4096
 _SMALLEST_SHARE = 0.01
+_LARGEST_TRIAL = 2**22
+"""Values rounded at once in looking for the steps of weights."""
 _SMALLEST_STEP = 2.0**-8
 PERCENTILE = 0.999
 
@@ -203,7 +205,11 @@ def fit_weight_scale(weight: Tensor, *, bits: int, method: Calibration) -> Tenso
     if method == "minmax":
         return widest
     shares = torch.linspace(0.3, 1.0, 71, device=weight.device)
-    steps = widest[:, None] * shares  # (C, candidates)
-    ints = (rows[:, None] / steps[..., None]).round_().clamp_(low, high)
-    error = (ints * steps[..., None] - rows[:, None]).square_().sum(-1)
-    return steps.gather(1, error.argmin(1, keepdim=True)).squeeze(1)
+    at_once = max(1, _LARGEST_TRIAL // (len(shares) * rows.shape[1]))
+    found = []
+    for some, widest_of_some in zip(rows.split(at_once), widest.split(at_once), strict=True):
+        steps = widest_of_some[:, None] * shares  # (C, candidates)
+        ints = (some[:, None] / steps[..., None]).round_().clamp_(low, high)
+        error = (ints * steps[..., None] - some[:, None]).square_().sum(-1)
+        found.append(steps.gather(1, error.argmin(1, keepdim=True)).squeeze(1))
+    return torch.cat(found)

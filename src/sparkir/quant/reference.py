@@ -17,7 +17,7 @@ from torch import Tensor, fx, nn
 from sparkir.errors import SparkirError
 from sparkir.quant.arithmetic import Accumulated, Quantized, Value, quantize
 from sparkir.quant.fixed import FixedSoftmax
-from sparkir.quant.layers import QuantConv2d, QuantLayer, Table, as_constant
+from sparkir.quant.layers import PassThrough, QuantConv2d, QuantLayer, Table, as_constant
 from sparkir.quant.prepare import carry_facts, placement_of
 from sparkir.quant.quantizer import ActivationQuantizer
 from sparkir.quant.spec import STORED_BITS
@@ -211,6 +211,8 @@ def freeze(student: fx.GraphModule) -> fx.GraphModule:
             frozen.set_submodule(name, kind(cast("Any", module), name, source))
         elif isinstance(module, FixedSoftmax):
             _keep_biases(frozen, node, module, grids[grid_of_input(node, modules)])
+        elif isinstance(module, PassThrough):
+            module.shuffles = None  # of channels in their own order
         elif isinstance(module, Table):
             frozen.set_submodule(name, Table(as_constant(module.operation)))
     frozen.graph.eliminate_dead_code()

@@ -24,10 +24,12 @@ from sparkir.quant.forms import (
     exact_step,
     interleaves,
 )
-from sparkir.quant.graph import shapes_of
+from sparkir.quant.graph import is_learned, shapes_of
 from sparkir.quant.layers import GlobalAverage
 
 _IMAGE_DIMS = {2, 3}
+_OTHERWISE = {"axis": "dim", "keepdims": "keepdim"}
+"""NumPy's words, which torch takes as well."""
 _PRODUCTS = (operator.mul, torch.mul)
 _MEANS = ("mean", torch.mean)
 _HOW = ("how", "chunks", "split_size", "split_size_or_sections")
@@ -130,6 +132,8 @@ class _Rewriter:
         weight = self._constant(words.get("weight"))
         if weight is None or words.get("bias") is not None or not node.args:
             return
+        if is_learned(weight):
+            return
         step = exact_step(weight, bits=self.constant_bits)
         padding = words.get("padding", 0)
         if step is None or isinstance(padding, str):
@@ -147,6 +151,7 @@ class _Rewriter:
     def _mean(self, node: fx.Node) -> None:
         """The mean over an image is one operation; that over channels, a convolution."""
         words = named(node, "input dim keepdim")
+        words |= {new: words[old] for old, new in _OTHERWISE.items() if old in words}
         shape = self.shapes.get(words["input"], ()) if node.args else ()
         if len(shape) != 4:
             return
@@ -229,7 +234,9 @@ def _is_one(size: object) -> bool:
     """Whether an output size, or the arguments that hold it, say one pixel."""
     if isinstance(size, Mapping):
         return _is_one(size.get("output_size"))
-    return size == 1 or (isinstance(size, tuple | list) and set(size) in ({1}, {(1, 1)}))
+    if isinstance(size, tuple | list):
+        return bool(size) and all(map(_is_one, size))
+    return size == 1
 
 
 def _ends(channels: int, how: object, *, chunks: bool) -> list[tuple[int, int]]:

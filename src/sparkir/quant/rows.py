@@ -38,21 +38,20 @@ def _factor(node: fx.Node, moves: PassThrough) -> int | None:
         case nn.PixelShuffle(upscale_factor=factor):
             return int(factor)
         case Call(function=function) if function in (F.pixel_shuffle, torch.pixel_shuffle):
-            return int(named(node, "input upscale_factor")["upscale_factor"])
+            factor = named(node, "input upscale_factor")["upscale_factor"]
+            return factor if isinstance(factor, int) else None  # it may follow from a size
         case _:
             return None
 
 
 def _convolution_before(node: fx.Node, modules: Mapping[str, nn.Module]) -> QuantConv2d | None:
-    """What made the grid that `node` moves, if nobody else sees its channels."""
-    on_grid = False
+    """What made the values on a grid that `node` moves, if nobody else sees their channels."""
     while True:
         node = node.all_input_nodes[0]
         made_by = modules.get(str(node.target)) if node.op == "call_module" else None
-        if len(node.users) > 1 or made_by is None:
+        if len(node.users) > 1:
             return None
         if isinstance(made_by, QuantConv2d):
-            return made_by if on_grid else None
+            return made_by
         if not isinstance(made_by, ActivationQuantizer | AbsorbedReLU):
             return None
-        on_grid = on_grid or isinstance(made_by, ActivationQuantizer)

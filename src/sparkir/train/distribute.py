@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from sparkir.distill.task import DistillationTask, StepLosses
 from sparkir.errors import SparkirError
-from sparkir.quant.calibrate import activation_quantizers
+from sparkir.quant.quantizer import activation_quantizers
 from sparkir.spark.batch import share_batches
 from sparkir.train.state import TrainState
 
