@@ -408,4 +408,6 @@ def reason_for_float(node: fx.Node, network: fx.GraphModule) -> str:
         return str(module.stays_in_float)
     if isinstance(module, nn.Conv2d) and module.padding_mode != "zeros":
         return f"padding_mode={module.padding_mode!r}; integer kernels pad with zeros"
+    if isinstance(module, nn.Conv2d):
+        return f"{type(module).__name__} derives from nn.Conv2d, and may do more"
     return REASONS.get(type(module), "no integer kernel is known for it")
