@@ -35,6 +35,7 @@ def test_a_transposed_convolution_is_several_interleaved(kernel, stride, padding
     "options",
     [
         {"kernel_size": 3, "stride": 2},  # 2h + 1
+        {"kernel_size": 3, "stride": 2, "padding": 1, "output_padding": (1, 0)},
         {"kernel_size": (2, 4), "stride": 2, "padding": (0, 1)},
         {"kernel_size": 2, "stride": 2, "groups": 2},
         {"kernel_size": 2, "stride": 3, "dilation": 2},

@@ -10,7 +10,7 @@ from toys import CASES, Toy, images, in_turn, unit_grid
 
 from sparkir.quant.arithmetic import exact_rounding, to_multiple, to_odd_fraction, to_power_of_two
 from sparkir.quant.calibrate import calibrate
-from sparkir.quant.layers import FRACTION_BITS, IMAGE_PARTS, QuantLayer, Table
+from sparkir.quant.layers import FRACTION_BITS, IMAGE_PARTS, QuantConv2d, QuantLayer, Table
 from sparkir.quant.prepare import prepare
 from sparkir.quant.quantizer import ActivationQuantizer
 from sparkir.quant.reference import IntegerLayer, IntegerQuantizer, freeze
@@ -44,6 +44,22 @@ def test_sums_of_odd_parts_are_ties_only_where_they_are_large():
     for odd in (1, 3, 513, 4001, 32767):
         sums = torch.arange(-(2**14) + 1, 2**14)
         assert (sums * odd % parts != parts // 2).all()
+
+
+@pytest.mark.parametrize("exponents", [(-1, -8), (-8, -1)])
+@pytest.mark.parametrize("image", [False, True])
+def test_sums_that_reach_several_grids_count_odd_parts_of_the_finest(exponents, image):
+    layer = QuantConv2d(nn.Conv2d(1, 1, 1), bits=8, learned="lsq")
+    grids = [unit_grid(bits=8) for _ in exponents]
+    for grid, exponent in zip(grids, exponents, strict=True):
+        nn.init.constant_(grid.log_scale, exponent * math.log(2))
+        grid.power_of_two = True
+    if image:
+        grids.append(unit_grid(bits=8, image_step=1.0))
+    layer.flows_to = tuple(grids)
+    nn.init.constant_(layer.weight_quantizer.log_scale, math.log(0.3))
+    parts = layer.weight_scale(torch.tensor(1.0)).detach().double() * 2 ** (8 + FRACTION_BITS)
+    assert torch.equal(parts % 2, torch.ones_like(parts))
 
 
 def test_odd_fractions_keep_every_sum_away_from_ties():
