@@ -57,6 +57,8 @@ from sparkir.quant.spec import CARRIER_BITS, QuantSpec
 from sparkir.quant.steps import restrict_steps
 from sparkir.quant.together import take_steps_together
 
+_INTERPOLATED = 0.1
+"""Of the output: bilinear weights are whole parts of 128 (`interpolate`)."""
 EXAMPLE_PX = 48
 _OWN_NAMES = {
     *("code", "dequantize", "graph", "meta", "operations", "placement", "quantizers"),
@@ -148,7 +150,7 @@ def prepare(network: nn.Module, spec: QuantSpec) -> fx.GraphModule:
     prepared = _Rewriter(module, plan, image_step=facts.value_range / 255).run()
     setattr(prepared, "facts", facts)  # noqa: B010 - for mypy
     leave_in_float(prepared, on=True)
-    same = _is_same(original, copy.deepcopy(prepared)(example))
+    same = _is_same(original, copy.deepcopy(prepared)(example), within=_INTERPOLATED)
     leave_in_float(prepared, on=False)
     if not same:
         raise SparkirError(
@@ -205,12 +207,12 @@ def _require_plain(network: nn.Module) -> None:
         )
 
 
-def _is_same(original: object, found: object) -> bool:
+def _is_same(original: object, found: object, *, within: float = 1e-3) -> bool:
     """Tracing follows values, not memory: writing into a tensor that has two names escapes it."""
     if not isinstance(original, Tensor) or not isinstance(found, Tensor):
         return True  # refused elsewhere, with a better reason
-    atol = 1e-3 * float(original.abs().nan_to_num().mean())
-    return torch.allclose(original, found, rtol=1e-3, atol=atol, equal_nan=True)
+    atol = within * float(original.abs().nan_to_num().mean())
+    return torch.allclose(original, found, rtol=within, atol=atol, equal_nan=True)
 
 
 def example_px(facts: ModelFacts, *, at_least: int) -> int:
