@@ -156,7 +156,6 @@ RUNS: dict[str, Run] = {
         "twin-rfdn-rfdn-x2",
         f"{ROWS},dckd",
         (*PAIRS, "train.steps=300", "train.compile=true", "train.teacher_cache=true"),
-        seeds=2,
         more_tests=URBAN20,
     ),
     "rfdn-x4-w4a4": Run(
