@@ -41,6 +41,7 @@ SELF = (
     "constant:spark-paper,spark-paper,spark"
 )
 TODAY = "degraded,teacher,ptq,qat,kd-matched,kd-matched@10,truth:spark,constant:spark,spark"
+MAIN = "degraded,teacher,float,ptq,qat,kd,spark-paper,truth:spark,constant:spark,spark"
 LONG = "degraded,teacher,float,ptq,qat,spark"
 LOW_RATE = (
     "degraded,teacher,float,ptq,qat,kd,kd-mse@1,kd-matched@10,fakd,slkd,spark-paper,"
@@ -143,7 +144,7 @@ RUNS: dict[str, Run] = {
     "polyu-dncnn-worse-start": real_noise("float-twin-dncnn-sidd", seeds=1),
     "polyu-mirnet": Run(
         "twin-mirnet-mirnet-sidd",
-        f"{ROWS},dckd",
+        MAIN,
         (
             *POLYU,
             "teacher.weights={out}/teacher-twin-mirnet-sidd/student.safetensors",
