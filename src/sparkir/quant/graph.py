@@ -208,8 +208,9 @@ def trace(network: nn.Module, taps: tuple[str, ...]) -> fx.GraphModule:
 
 def _forget(graph: fx.Graph, name: str) -> None:
     """Leave out an argument that was fixed in tracing, and what checks that it is as it was."""
-    for node in list(graph.nodes):
-        if node.op == "placeholder" and re.fullmatch(rf"{name}(_\d+)?", str(node.target)):
+    _, *more = (node for node in graph.nodes if node.op == "placeholder")
+    for node in more:
+        if re.fullmatch(rf"{name}(_\d+)?", str(node.target)):
             for check in list(node.users):
                 for reader in list(check.users):
                     graph.erase_node(reader)

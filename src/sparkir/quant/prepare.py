@@ -138,7 +138,7 @@ def prepare(network: nn.Module, spec: QuantSpec) -> fx.GraphModule:
     more = example_px(facts, at_least=side + _MORE_PX) - side
     larger = F.pad(example, (0, more, 0, more))
     original, _ = _outputs(network, example, larger)
-    if not _is_same(original, copy.deepcopy(module)(example)):
+    if not _computes(original, module, example):
         raise SparkirError(
             f"{type(network).__name__} computes something else when traced: its forward changes a "
             "tensor in place that it also uses under another name; write y = x + ... instead of "
@@ -150,7 +150,7 @@ def prepare(network: nn.Module, spec: QuantSpec) -> fx.GraphModule:
     prepared = _Rewriter(module, plan, image_step=facts.value_range / 255).run()
     setattr(prepared, "facts", facts)  # noqa: B010 - for mypy
     leave_in_float(prepared, on=True)
-    same = _is_same(original, copy.deepcopy(prepared)(example), within=_INTERPOLATED)
+    same = _computes(original, prepared, example, within=_INTERPOLATED)
     leave_in_float(prepared, on=False)
     if not same:
         raise SparkirError(
@@ -207,8 +207,15 @@ def _require_plain(network: nn.Module) -> None:
         )
 
 
-def _is_same(original: object, found: object, *, within: float = 1e-3) -> bool:
-    """Tracing follows values, not memory: writing into a tensor that has two names escapes it."""
+@torch.no_grad()
+def _computes(
+    original: object, network: nn.Module, example: Tensor, *, within: float = 1e-3
+) -> bool:
+    """Whether `network` makes of `example` what the original did.
+
+    Tracing follows values, not memory: writing into a tensor that has two names escapes it.
+    """
+    found = copy.deepcopy(network)(example)
     if not isinstance(original, Tensor) or not isinstance(found, Tensor):
         return True  # refused elsewhere, with a better reason
     atol = within * float(original.abs().nan_to_num().mean())
