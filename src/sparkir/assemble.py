@@ -226,6 +226,12 @@ def device_for(recipe: Recipe) -> torch.device:
     return torch.device("cuda" if found and recipe.train.device != "cpu" else "cpu")
 
 
+def trains_in_bfloat16(recipe: Recipe, device: torch.device) -> bool:
+    """Whether the recipe's training computes in bfloat16 there."""
+    chosen = recipe.train.precision
+    return chosen == "bfloat16" or (chosen == "auto" and fast_precision(device))
+
+
 def calibration_crops(pairs: PairStore, recipe: Recipe) -> list[Tensor]:
     """Input crops of the training images, (8, 3, H, W) in [0, 1] each."""
     sampler = PatchSampler(
@@ -309,7 +315,7 @@ def task_of(
 
 def _doubts(recipe: Recipe, device: torch.device) -> Iterator[str]:
     """What a recipe may say, and hardly means."""
-    quant, distill, precision = recipe.quant, recipe.distill, recipe.train.precision
+    quant, distill = recipe.quant, recipe.distill
     if recipe.train.warmup >= recipe.train.steps:
         yield (
             f"train.warmup = {recipe.train.warmup} of train.steps = {recipe.train.steps}: the "
@@ -327,8 +333,7 @@ def _doubts(recipe: Recipe, device: torch.device) -> Iterator[str]:
         )
     if quant is not None and not quant.reduce_range and saturates(quant.runs_on.runtime):
         yield f"{SATURATES}; the file cannot be checked here otherwise"
-    half = precision == "bfloat16" or (precision == "auto" and fast_precision(device))
-    if recipe.weighting.name == "spark-paper" and half:
+    if recipe.weighting.name == "spark-paper" and trains_in_bfloat16(recipe, device):
         yield (
             "the reward of spark-paper is what one step changes, which bfloat16 hardly resolves; "
             'set train.precision = "float32"'

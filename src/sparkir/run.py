@@ -28,6 +28,7 @@ from sparkir.assemble import (
     save_student,
     silent,
     task_of,
+    trains_in_bfloat16,
     weighting_of,
 )
 from sparkir.data.ahead import SampledAhead
@@ -63,7 +64,7 @@ from sparkir.spark.weighting import Weighting
 from sparkir.teacher import teacher_outputs
 from sparkir.train.distribute import Devices
 from sparkir.train.loop import LoopSettings, Report, train
-from sparkir.train.optimize import build_average, build_optimizer, fast_precision
+from sparkir.train.optimize import build_average, build_optimizer
 from sparkir.train.state import TrainState
 
 _LOCK = ".lock"
@@ -245,7 +246,7 @@ def loop_settings(recipe: Recipe, device: torch.device) -> LoopSettings:
         warmup=settings.warmup,
         clip_norm=settings.clip_norm,
         float_steps=settings.float_steps,
-        bfloat16=_bfloat16(recipe, device),
+        bfloat16=trains_in_bfloat16(recipe, device),
         compiled=settings.compile,
         recorded=settings.cuda_graphs and device.type == "cuda",
         log_every=settings.log_every,
@@ -254,14 +255,9 @@ def loop_settings(recipe: Recipe, device: torch.device) -> LoopSettings:
     )
 
 
-def _bfloat16(recipe: Recipe, device: torch.device) -> bool:
-    chosen = recipe.train.precision
-    return chosen == "bfloat16" or (chosen == "auto" and fast_precision(device))
-
-
 def _channels_last(recipe: Recipe, device: torch.device) -> bool:
     chosen = recipe.train.channels_last
-    return _bfloat16(recipe, device) if chosen == "auto" else chosen
+    return trains_in_bfloat16(recipe, device) if chosen == "auto" else chosen
 
 
 def method_name(recipe: Recipe) -> str:
@@ -489,7 +485,7 @@ def _train_methods(
     """The baseline that needs training, then, last, the recipe's own student."""
     wanted = "qat" in recipe.baselines and recipe.distill is not None  # else it is the recipe
     variants = [qat_only(recipe)] if wanted else []
-    if wanted:
+    if wanted and recipe.train.teacher_cache:
         _compute_teacher_outputs(recipe, materials, report, devices)
     trained = []
     for variant in [*variants, recipe]:

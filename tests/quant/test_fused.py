@@ -27,12 +27,6 @@ from sparkir.quant.spec import QuantSpec
 LOW, HIGH = -7.0, 8.0
 
 
-@pytest.fixture
-def uncompiled(monkeypatch):
-    """The kernels themselves, without waiting for the compiler."""
-    monkeypatch.setattr(fused, "_compiled", lambda kernel: kernel)
-
-
 def whole(*shape: int) -> torch.Tensor:
     return torch.randint(-30, 30, shape).float()
 

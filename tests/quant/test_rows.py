@@ -17,12 +17,6 @@ from sparkir.quant.reference import freeze
 from sparkir.quant.spec import QuantSpec
 
 
-@pytest.fixture
-def uncompiled(monkeypatch):
-    """The kernels themselves, without waiting for the compiler."""
-    monkeypatch.setattr(fused, "_compiled", lambda kernel: kernel)
-
-
 @pytest.mark.parametrize("factor", [2, 3, 4])
 @pytest.mark.parametrize("channels", [1, 5])
 def test_by_hand(factor, channels):

@@ -251,15 +251,13 @@ def _swap_in_place_function(node: fx.Node) -> bool:
         return True
     is_method = node.op == "call_method"
     name = str(node.target) if is_method else getattr(node.target, "__name__", "")
-    plain = name[:-1] if name.endswith("_") else ""
-    if is_method and plain and hasattr(Tensor, plain):
-        node.target = plain
-        return True
-    for where in (torch, F):
-        if not is_method and plain and hasattr(where, plain):
-            node.target = getattr(where, plain)
-            return True
-    return False
+    plain = name.removesuffix("_")
+    places = (Tensor,) if is_method else (torch, F)
+    found = next((getattr(place, plain) for place in places if hasattr(place, plain)), None)
+    if plain == name or found is None:
+        return False
+    node.target = plain if is_method else found
+    return True
 
 
 class _Recorder(fx.Interpreter):
@@ -387,11 +385,17 @@ def is_learned(weight: Tensor) -> bool:
     return isinstance(weight, nn.Parameter) and weight.requires_grad
 
 
+def tensor_at(node: object, network: fx.GraphModule) -> Tensor | None:
+    """The parameter or buffer that `node` gets; None of anything else."""
+    if not isinstance(node, fx.Node) or node.op != "get_attr":
+        return None
+    found = attrgetter(str(node.target))(network)
+    return found if isinstance(found, Tensor) else None
+
+
 def _weight_is_learned(convolution: fx.Node, network: fx.GraphModule) -> bool:
-    weight = named(convolution, "input weight").get("weight")
-    if not isinstance(weight, fx.Node) or weight.op != "get_attr":
-        return False
-    return is_learned(attrgetter(str(weight.target))(network))
+    weight = tensor_at(named(convolution, "input weight").get("weight"), network)
+    return weight is not None and is_learned(weight)
 
 
 def reason_for_float(node: fx.Node, network: fx.GraphModule) -> str:

@@ -10,7 +10,7 @@ import operator
 from collections import Counter
 from collections.abc import Mapping
 from itertools import accumulate
-from typing import Any, cast
+from typing import cast
 
 import torch
 import torch.nn.functional as F
@@ -24,7 +24,7 @@ from sparkir.quant.forms import (
     exact_step,
     interleaves,
 )
-from sparkir.quant.graph import is_learned, shapes_of
+from sparkir.quant.graph import is_learned, shapes_of, tensor_at
 from sparkir.quant.layers import GlobalAverage
 
 _IMAGE_DIMS = {2, 3}
@@ -129,10 +129,8 @@ class _Rewriter:
     def _constant_convolution(self, node: fx.Node) -> None:
         """Blurring and interpolating: weights that few bits hold exactly."""
         words = named(node, "input weight bias stride padding dilation groups")
-        weight = self._constant(words.get("weight"))
-        if weight is None or words.get("bias") is not None or not node.args:
-            return
-        if is_learned(weight):
+        weight = tensor_at(words.get("weight"), self.module)
+        if weight is None or is_learned(weight) or words.get("bias") is not None or not node.args:
             return
         step = exact_step(weight, bits=self.constant_bits)
         padding = words.get("padding", 0)
@@ -197,7 +195,7 @@ class _Rewriter:
         if len(node.args) != 2 or node.kwargs:
             return
         for source, other in (node.args, node.args[::-1]):
-            factor = other if isinstance(other, int | float) else self._constant(other)
+            factor = other if isinstance(other, int | float) else tensor_at(other, self.module)
             if factor is not None and isinstance(source, fx.Node) and self._takes(source, factor):
                 layer = self.module.get_submodule(str(source.target))
                 scaled = ScaledConv2d(cast("nn.Conv2d", layer), factor)
@@ -215,15 +213,6 @@ class _Rewriter:
         if not isinstance(factor, Tensor) or factor.numel() == 1:
             return True
         return tuple(factor.shape[-3:]) == (layer.out_channels, 1, 1) and factor.dim() <= 4
-
-    def _constant(self, node: object) -> Tensor | None:
-        """The parameter or buffer that `node` gets."""
-        if not isinstance(node, fx.Node) or node.op != "get_attr":
-            return None
-        found: Any = self.module
-        for part in str(node.target).split("."):
-            found = getattr(found, part)
-        return found if isinstance(found, Tensor) else None
 
 
 def _pair(value: int | tuple[int, int]) -> tuple[int, int]:
