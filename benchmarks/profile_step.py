@@ -19,6 +19,7 @@ from torch.profiler import ProfilerActivity, profile
 from torch.utils.flop_counter import FlopCounterMode
 from train_step import BY_NAME, PERIOD, Training
 
+from sparkir.memory import keep_freed_memory
 from sparkir.quant.arithmetic import Quantized
 from sparkir.quant.quantizer import ActivationQuantizer
 
@@ -89,6 +90,7 @@ def floors_ms(training: Training) -> dict[str, float]:
 
 
 def main() -> None:
+    keep_freed_memory()
     torch.set_num_threads(1)
     name = sys.argv[1] if len(sys.argv) > 1 else "SPARK"
     with tempfile.TemporaryDirectory() as folder:

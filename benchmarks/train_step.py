@@ -36,6 +36,7 @@ from sparkir.assemble import Materials, build_network, build_student, calibratio
 from sparkir.data.degrade import bicubic_resize
 from sparkir.data.outputs import OutputStore, output_store
 from sparkir.data.pairs import Batch, PairStore, PatchSampler
+from sparkir.memory import keep_freed_memory
 from sparkir.recipe import Recipe, from_values
 from sparkir.run import loop_settings, training_of
 from sparkir.train.loop import train
@@ -435,6 +436,7 @@ def main() -> int:
     parser.add_argument("--json", type=Path, help="write everything here, and a table beside it")
     parser.add_argument("--child", nargs=2, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
+    keep_freed_memory()  # as `sparkir distill` does
     if not torch.cuda.is_available():
         torch.set_num_threads(1)
     if arguments.child:

@@ -24,7 +24,18 @@ PATH = [
     "restore",
 ]
 # These stand above all folders and wire them.
-ABOVE = {"cli", "run", "recipe", "assemble", "measure", "export", "teacher", "tools", "publish"}
+ABOVE = {
+    "cli",
+    "run",
+    "recipe",
+    "assemble",
+    "measure",
+    "export",
+    "memory",
+    "teacher",
+    "tools",
+    "publish",
+}
 ABOVE_ALL = "compare"  # a folder that stands above these, too
 
 

@@ -20,6 +20,7 @@ from rich.progress import Progress, SpinnerColumn, TextColumn
 from rich.table import Table
 
 from sparkir.errors import SparkirError
+from sparkir.memory import keep_freed_memory
 from sparkir.report.progress import CellDisplay, Display, follow
 
 if TYPE_CHECKING:
@@ -90,6 +91,7 @@ def distill(
     resume: Annotated[bool, typer.Option(help="Go on with an interrupted run.")] = False,
 ) -> None:
     """Train a quantized student under its teacher, measure it, and export it."""
+    keep_freed_memory()
     from sparkir import run
     from sparkir.train.distribute import start
     from sparkir.train.loop import Interrupted
@@ -170,6 +172,7 @@ def compare(
     Given again, the command goes on where it was interrupted, and adds what is new: methods, seeds,
     test sets. What is finished is taken as it is.
     """
+    keep_freed_memory()
     from sparkir.compare.comparison import compare as carry_out
     from sparkir.compare.methods import choose
     from sparkir.train.loop import Interrupted
@@ -221,6 +224,7 @@ def evaluate(
     ] = None,
 ) -> None:
     """Measure PSNR and SSIM on a folder of images."""
+    keep_freed_memory()
     from sparkir.evaluate import benchmark
     from sparkir.tools import evaluation_setup, open_model
 

@@ -19,6 +19,7 @@ from sparkir.assemble import Report
 from sparkir.compare.cell import Cell
 from sparkir.compare.methods import find
 from sparkir.compare.workspace import Workspace
+from sparkir.memory import keep_freed_memory
 from sparkir.recipe import Recipe
 from sparkir.train.loop import Interrupted
 
@@ -133,6 +134,7 @@ def _work(
     """What a worker does until nobody is at the other end of the line."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches all; the first process decides
     torch.set_num_threads(threads)
+    keep_freed_memory()
     parent = multiprocessing.parent_process()
     assert parent is not None
 
