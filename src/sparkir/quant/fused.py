@@ -60,11 +60,12 @@ def require_compiler(device: torch.device) -> None:
 
 
 # The kernels. `low` and `high` bound the whole numbers, `own` is the grid's step, all (); then come
-# values and the steps of their integers. What is left of a gradient for `own` is summed last. -----
+# values and the steps of their integers, of sums in steps of the grid. What is left of a gradient
+# for `own` is summed last. --------------------------------------------------------------------
 
 
-def _sums(low: Tensor, high: Tensor, own: Tensor, x: Tensor, step: Tensor) -> Tensor:
-    return (x.float() * (step / own)).round().clamp(low, high).to(x.dtype)
+def _sums(low: Tensor, high: Tensor, own: Tensor, x: Tensor, factor: Tensor) -> Tensor:
+    return (x.float() * factor).round().clamp(low, high).to(x.dtype)
 
 
 def _sums_back(
@@ -74,9 +75,8 @@ def _sums_back(
     high: Tensor,
     own: Tensor,
     x: Tensor,
-    step: Tensor,
+    factor: Tensor,
 ) -> tuple[Tensor, ...]:
-    factor = step / own
     passed, to_own = _passed(gradient, x.float() * factor, low, high, clip_only)
     return (passed * factor).to(x.dtype), to_own.sum() / own
 
@@ -255,7 +255,8 @@ class Grid(NamedTuple):
 
 def round_sums(sums: Tensor, step: Tensor, grid: Grid) -> Tensor:
     """A layer's sums, of `step` (C, 1, 1) or (C,)."""
-    return grid.round(_sums, (sums,), (step,))
+    factor = step / grid.scale.detach()  # a kernel would divide each channel anew at every pixel
+    return grid.round(_sums, (sums,), (factor,))
 
 
 def round_sum(a: Tensor, b: Tensor, step_a: Tensor, step_b: Tensor, grid: Grid) -> Tensor:
