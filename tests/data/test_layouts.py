@@ -190,8 +190,14 @@ class TestParts:
         assert part_of(folder, "test") == folder / inside
 
     def test_images_directly_in_the_folder_come_first(self, tree):
-        folder = tree("a.png", "HR/b.png", "train/c.png")
+        folder = tree("a.png", "train/c.png")
         assert part_of(folder, "train") == folder
+
+    def test_an_image_beside_a_folder_of_clean_ones_does_not_hide_them(self, tree):
+        folder = tree("preview.png", "HR/b.png", "LR_bicubic/b.png")
+        with pytest.raises(SparkirError, match=r"\(preview\.png\).*give .*HR, or move"):
+            part_of(folder, "test")
+        assert part_of(folder / "HR", "test") == folder / "HR"
 
     def test_nothing(self, tree, tmp_path):
         folder = tree("our485/low/1.png", "our485/high/1.png")
