@@ -13,7 +13,7 @@ paths add up to round(v) - v inside the range and to the bound outside (Esser 20
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from typing import Any, NamedTuple
@@ -285,8 +285,7 @@ def quantize(
 
     if not exact:  # in training, a graph is made of it
         return Quantized(rounded(value), scale, zero)
-    ints = [rounded(piece) for piece in _pieces(value)]
-    return Quantized(ints[0] if len(ints) == 1 else torch.cat(ints, -2), scale, zero)
+    return Quantized(_in_pieces(rounded, value), scale, zero)
 
 
 def _rounded(
@@ -313,27 +312,38 @@ def _rounded(
     return round_to_grid(x, step, low=low, high=high, divide=divide, own=own, shift=shift)
 
 
-def _pieces(value: Value) -> list[Value]:
-    """A large value as several of some rows each: a processor's cache holds what passes read."""
+def _in_pieces(rounded: Callable[[Value], Tensor], value: Value) -> Tensor:
+    """`rounded(value)`, of a large one some rows at a time: a cache holds what its passes read."""
+    operands: tuple[Tensor, ...]
     match value:
-        case Average():
-            return [value]  # a few numbers
         case Sum(a, b) | Product(a, b):
-            first, shape = a.ints, torch.broadcast_shapes(a.ints.shape, b.ints.shape)
+            operands = (a.ints, b.ints)
+        case Quantized(ints=x) | Accumulated(ints=x) | Average(ints=x):
+            operands = (x,)
         case _:
-            first = value if isinstance(value, Tensor) else value.ints
-            shape = first.shape
-    if not first.is_cpu or len(shape) < 2 or shape.numel() <= _PIECE:
-        return [value]
+            operands = (value,)
+    shape = torch.broadcast_shapes(*(x.shape for x in operands))
+    small = isinstance(value, Average) or len(shape) < 2 or shape.numel() <= _PIECE
+    if small or not operands[0].is_cpu:
+        return rounded(value)
+    like = next((x for x in operands if x.shape == shape), operands[0].expand(shape))
+    whole = torch.empty_like(like, dtype=torch.float32)
     rows = max(1, _PIECE * shape[-2] // shape.numel())
+    split = (x.split(rows, -2) for x in (whole, *(x.expand(shape) for x in operands)))
+    for target, *pieces in zip(*split, strict=True):
+        target.copy_(rounded(_with(value, pieces)))
+    return whole
+
+
+def _with(value: Value, pieces: Sequence[Tensor]) -> Value:
+    """The value of other numbers, on the same grids."""
     match value:
-        case Sum(a, b) | Product(a, b):
-            pairs = zip(*(x.ints.expand(shape).split(rows, -2) for x in value), strict=True)
-            return [type(value)(a._replace(ints=x), b._replace(ints=y)) for x, y in pairs]
+        case Sum() | Product():
+            return type(value)(*(x._replace(ints=n) for x, n in zip(value, pieces, strict=True)))
         case Quantized() | Accumulated():
-            return [value._replace(ints=x) for x in value.ints.split(rows, -2)]
+            return value._replace(ints=pieces[0])
         case _:
-            return list(value.split(rows, -2))
+            return pieces[0]
 
 
 def _lies_on(value: Value, scale: Tensor) -> bool:
