@@ -94,16 +94,19 @@ def test_takes_a_step(images, name):
     assert all(p.isfinite().all() for p in trained.student.parameters())
 
 
-def test_a_rest_of_w_that_goes_to_nobody_is_warned_of(images):
+def test_defaults_that_are_not_for_spark_are_warned_of(images):
     def warnings(recipe):
         said = []
         gather(recipe, said.append)
-        return [event["message"] for event in said if event["kind"] == "warning"]
+        messages = [event["message"] for event in said if event["kind"] == "warning"]
+        return [message for message in messages if "weighting spark" in message]
 
     recipe = started("sr-x2", images)
-    assert not any("to nobody" in message for message in warnings(recipe))
-    alone = changed(recipe, distill={"norm": "matched"})
-    assert any("to nobody" in message for message in warnings(alone))
+    assert not warnings(recipe)
+    (alone,) = warnings(changed(recipe, distill={"norm": "matched"}))
+    assert "to nobody" in alone
+    (weak,) = warnings(changed(recipe, distill={"target": "both"}))
+    assert "next to nothing" in weak
 
 
 @pytest.mark.parametrize("name", TASKS)

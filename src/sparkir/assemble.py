@@ -343,6 +343,11 @@ def _doubts(recipe: Recipe, device: torch.device) -> Iterator[str]:
             "what the weighting spark does not believe of the teacher is for the truth, and "
             'distill.target = "teacher" gives it to nobody; set distill.target = "both"'
         )
+    if distill is not None and recipe.weighting.name == "spark" and distill.norm == "mse":
+        yield (
+            "the weighting spark was made for a strong loss, and near the truth a squared error "
+            'pulls next to nothing; set distill.norm = "matched" and distill.strength = 10.0'
+        )
     if distill is not None and recipe.weighting.name == "uniform" and distill.target == "both":
         yield (
             'distill.target = "both" gives the truth what the weighting leaves, and uniform leaves '

@@ -2,6 +2,7 @@
 
 import json
 import pickle
+from pathlib import Path
 
 import numpy as np
 import onnx
@@ -153,6 +154,23 @@ def test_openvino_restores_the_same(model_file, name):
     path = model_file(name, "float")
     one, other = (whole(open_exported(path, r), pixels) for r in ("onnxruntime", "openvino"))
     assert np.abs(one.astype(int) - other).max() <= 1
+
+
+@pytest.mark.parametrize("name", ["edsr", "rfdn", "multiple"])
+def test_the_program_in_the_docs_restores_the_same(model_file, tmp_path, monkeypatch, name):
+    page = (Path(__file__).parents[2] / "docs" / "deployment.md").read_text("utf-8")
+    (program,) = (code for code in page.split("```python\n")[1:] if code.startswith("import json"))
+    file = model_file(name if name != "multiple" else "dncnn")
+    model = onnx.load(file)
+    if name == "multiple":
+        (facts_entry,) = (entry for entry in model.metadata_props if entry.key == "facts")
+        facts_entry.value = json.dumps(json.loads(facts_entry.value) | {"size_multiple": 4})
+    onnx.save(model, tmp_path / "student.onnx")
+    monkeypatch.chdir(tmp_path)
+    names = {"rgb": photo(33, 42, 2)}
+    exec(program.partition("```")[0], names)
+    expected = whole(open_exported(tmp_path / "student.onnx"), names["rgb"])
+    np.testing.assert_array_equal(names["image"], expected)
 
 
 # Hostile models -------------------------------------------------------------------------------
