@@ -140,7 +140,7 @@ RUNS: dict[str, Run] = {
         seeds=2,
         before=(("teacher-twin-mirnet-lol", *LOW_LIGHT, "train.channels_last=true"),),
     ),
-    "polyu-dncnn": real_noise("float-twin-dncnn-sidd-seed-1", "seed=1", seeds=2),
+    "polyu-dncnn": real_noise("float-twin-dncnn-sidd-seed-1", "seed=1", seeds=3),
     "polyu-dncnn-worse-start": real_noise("float-twin-dncnn-sidd", seeds=1),
     "polyu-mirnet": Run(
         "twin-mirnet-mirnet-sidd",
