@@ -197,8 +197,9 @@ class Train(_Section):
     """`auto` takes bfloat16 autocast where it is fast."""
     channels_last: bool | Literal["auto"] = "auto"
     """Channels innermost in memory; `auto` does so with bfloat16."""
-    compile: bool = False
-    """Fuse the quantizers' arithmetic with torch.compile."""
+    compile: bool | Literal["auto"] = "auto"
+    """Fuse the quantizers' arithmetic with torch.compile; `auto` does so in runs of 2,000 steps and
+    more, where there is a compiler."""
     cuda_graphs: bool = True
     """On a GPU, record the networks' passes and replay them; takes more of its memory."""
     teacher_cache: bool = False

@@ -25,6 +25,7 @@ from sparkir.assemble import (
     convention_of,
     gather,
     network_hash,
+    rounds_compiled,
     save_student,
     silent,
     task_of,
@@ -178,7 +179,7 @@ def training_of(
             leave_in_float(student, on=True)  # its grids are set when rounding begins
         else:
             calibrate_student(student, recipe.quant, materials.crops)
-        if recipe.train.compile:
+        if recipe.train.compile is True:
             require_compiler(device_of(student))
     if _channels_last(recipe, device_of(student)):
         # What it computes takes the layout of its weights.
@@ -247,7 +248,7 @@ def loop_settings(recipe: Recipe, device: torch.device) -> LoopSettings:
         clip_norm=settings.clip_norm,
         float_steps=settings.float_steps,
         bfloat16=trains_in_bfloat16(recipe, device),
-        compiled=settings.compile,
+        compiled=rounds_compiled(recipe, device),
         recorded=settings.cuda_graphs and device.type == "cuda",
         log_every=settings.log_every,
         evaluate_every=settings.evaluate_every,

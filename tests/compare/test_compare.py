@@ -488,7 +488,7 @@ def test_a_process_that_is_killed_is_a_row_and_the_others_make_the_same_cells(sh
 
 @pytest.mark.slow
 def test_a_stop_reaches_all_processes_after_their_step(short, monkeypatch):
-    write_recipe(short / "tiny.toml", SHORT | {"train.steps": 100_000})
+    write_recipe(short / "tiny.toml", SHORT | {"train.steps": 100_000, "train.compile": False})
     reached: dict[str, int] = {}
 
     def note(event: dict) -> None:

@@ -8,11 +8,13 @@ from slow_reference import FAKE_QUANTIZE
 from torch import nn
 from toys import CASES, images, in_turn, quantized
 
+from sparkir import assemble
 from sparkir.errors import SparkirError
 from sparkir.quant import fused
 from sparkir.quant.fused import (
     Grid,
     fused_rounding,
+    has_compiler,
     require_compiler,
     round_grid,
     round_product,
@@ -23,6 +25,7 @@ from sparkir.quant.fused import (
     rounds_fused,
 )
 from sparkir.quant.spec import QuantSpec
+from sparkir.recipe import from_values
 
 LOW, HIGH = -7.0, 8.0
 
@@ -211,6 +214,45 @@ def test_without_a_compiler_it_says_what_to_do(monkeypatch):
     monkeypatch.setattr(fused, "_compiled", fails)
     with pytest.raises(SparkirError, match=r"g\+\+.*no working C\+\+.*train.compile = false"):
         require_compiler(torch.device("cpu"))
+
+
+@pytest.mark.parametrize(
+    ("steps", "quant", "chosen", "there", "expected"),
+    [
+        (2000, {}, "auto", True, True),
+        (2000, {}, "auto", False, False),
+        (1999, {}, "auto", True, False),
+        (2000, None, "auto", True, False),
+        (2000, None, True, True, False),
+        (1, {}, True, False, True),  # and then the compiler is missed before the first step
+        (2000, {}, False, True, False),
+    ],
+)
+def test_long_runs_are_compiled_where_they_can_be(
+    monkeypatch, steps, quant, chosen, there, expected
+):
+    monkeypatch.setattr(assemble, "has_compiler", lambda device: there)
+    values = {
+        "name": "a",
+        "data": {"train": "-", "test": "-", "degradation": "noise", "sigma": 25},
+        "student": {"model": "dncnn"},
+        "train": {"steps": steps, "compile": chosen},
+    }
+    recipe = from_values(values | ({} if quant is None else {"quant": quant}), "a test")
+    assert assemble.rounds_compiled(recipe, torch.device("cpu")) is expected
+
+
+def test_a_compiler_is_looked_for_by_compiling(monkeypatch):
+    def fails(kernel):
+        raise RuntimeError("no working C++ compiler")
+
+    has_compiler.cache_clear()
+    monkeypatch.setattr(fused, "_compiled", fails)
+    assert not has_compiler(torch.device("cpu"))
+    has_compiler.cache_clear()
+    monkeypatch.setattr(fused, "_compiled", lambda kernel: kernel)
+    assert has_compiler(torch.device("cpu"))
+    has_compiler.cache_clear()
 
 
 @pytest.mark.slow

@@ -59,6 +59,16 @@ def require_compiler(device: torch.device) -> None:
         ) from error
 
 
+@cache
+def has_compiler(device: torch.device) -> bool:
+    """Whether kernels can be compiled for it; the answer takes a second or some."""
+    try:
+        require_compiler(device)
+    except SparkirError:
+        return False
+    return True
+
+
 # The kernels. `low` and `high` bound the whole numbers, `own` is the grid's step, all (); then come
 # values and the steps of their integers, of sums in steps of the grid. What is left of a gradient
 # for `own` is summed last. --------------------------------------------------------------------
