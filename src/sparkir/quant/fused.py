@@ -379,7 +379,7 @@ class _RoundBias(torch.autograd.Function):
         weight_step: Tensor,
         kind: torch.dtype,
     ) -> tuple[Tensor, Tensor]:
-        ints, step = _run(_bias, bias, input_step, weight_step, kind)
+        ints, step = _run_few(_bias, bias, input_step, weight_step, kind)
         ctx.save_for_backward(step)
         ctx.mark_non_differentiable(step)
         ctx.set_materialize_grads(False)
@@ -387,7 +387,7 @@ class _RoundBias(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor, _: Tensor) -> Any:  # noqa: ANN401
-        return _run(_bias_back, gradient, *ctx.saved_tensors), None, None, None
+        return _run_few(_bias_back, gradient, *ctx.saved_tensors), None, None, None
 
 
 def _computed_in(parameter: Tensor) -> torch.dtype:
@@ -401,6 +401,14 @@ def _run(kernel: Callable[..., Any], *arguments: Tensor | torch.dtype | bool) ->
     """Whether a tensor needs gradients would make the compiler see another kernel."""
     plain = (a.detach() if isinstance(a, Tensor) else a for a in arguments)
     return _compiled(kernel)(*plain)
+
+
+def _run_few(kernel: Callable[..., Any], first: Tensor, *others: Tensor | torch.dtype) -> Any:  # noqa: ANN401
+    """Of a number for each channel, which a processor computes before a compiled kernel is called.
+
+    A GPU is not waited for, and there each operation counts.
+    """
+    return _run(kernel, first, *others) if first.is_cuda else kernel(first, *others)
 
 
 @cache
