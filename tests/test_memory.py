@@ -62,3 +62,6 @@ def test_what_the_environment_says_about_memory_is_left():
     says = {"MALLOC_TRIM_THRESHOLD_": "131072", "THP_MEM_ALLOC_ENABLE": "0"}
     assert share_of_pages_mapped("plain", 28, kept=True, **says) > 0.5
     assert share_of_pages_mapped("tensors", 40, kept=True, **says) > 0.5
+    tunables = {"GLIBC_TUNABLES": "glibc.malloc.trim_threshold=131072"}
+    assert share_of_pages_mapped("plain", 28, kept=True, **tunables) > 0.5
+    assert share_of_pages_mapped("plain", 28, kept=True, MALLOC_ARENA_MAX="2") < 0.1

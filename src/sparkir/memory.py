@@ -12,6 +12,7 @@ _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # of malloc.h
 _LARGEST_KEPT_BYTES = 2**25
 """glibc takes no larger threshold than this on machines of 64 bits."""
 _NEVER = 2**31 - 1
+_OWN_WORD = {"MALLOC_MMAP_THRESHOLD_", "MALLOC_TRIM_THRESHOLD_"}
 
 
 def keep_freed_memory() -> None:
@@ -25,7 +26,8 @@ def keep_freed_memory() -> None:
         return
     os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
-    if mallopt is None or any(name.startswith("MALLOC_") for name in os.environ):
+    told = _OWN_WORD & os.environ.keys() or "malloc" in os.environ.get("GLIBC_TUNABLES", "")
+    if mallopt is None or told:
         return
     mallopt(_M_MMAP_THRESHOLD, _LARGEST_KEPT_BYTES)
     mallopt(_M_TRIM_THRESHOLD, _NEVER)

@@ -122,6 +122,20 @@ def test_pieces_of_a_large_value_are_the_whole(monkeypatch, piece):
             assert (pieces.call_count > 1) != isinstance(value, Average)
 
 
+def test_gradients_pass_pieces(monkeypatch):
+    """Whoever restores with a student in evaluation may ask for them."""
+    torch.manual_seed(0)
+    found = []
+    for piece in (2**17, 100):
+        monkeypatch.setattr(arithmetic, "_PIECE", piece)
+        x = torch.linspace(-3, 3, 2 * 3 * 40 * 7).view(2, 3, 40, 7).requires_grad_()
+        options = grid(0.017, 7) | {"levels": 256}
+        options["scale"] = options["scale"].clone().requires_grad_()
+        quantize(x, exact=True, **options).ints.square().sum().backward()
+        found.append((x.grad, options["scale"].grad))
+    torch.testing.assert_close(found[1], found[0])
+
+
 def test_exact_rounding_can_be_left_and_comes_back():
     assert rounds_exactly()
     with exact_rounding(False):

@@ -329,9 +329,9 @@ def _in_pieces(rounded: Callable[[Value], Tensor], value: Value) -> Tensor:
     like = next((x for x in operands if x.shape == shape), operands[0].expand(shape))
     whole = torch.empty_like(like, dtype=torch.float32)
     rows = max(1, _PIECE * shape[-2] // shape.numel())
-    split = (x.split(rows, -2) for x in (whole, *(x.expand(shape) for x in operands)))
-    for target, *pieces in zip(*split, strict=True):
-        target.copy_(rounded(_with(value, pieces)))
+    for start in range(0, shape[-2], rows):
+        part = (..., slice(start, start + rows), slice(None))
+        whole[part] = rounded(_with(value, [x.expand(shape)[part] for x in operands]))
     return whole
 
 
