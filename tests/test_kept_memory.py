@@ -1,4 +1,4 @@
-"""The process's memory, in processes of their own: what is set cannot be taken back."""
+"""Memory that a process keeps, in processes of their own: what is set cannot be taken back."""
 
 import ctypes
 import os
