@@ -1,5 +1,7 @@
 """The teacher's outputs, computed once: they are right, found again, and never stale."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -11,7 +13,7 @@ from sparkir.assemble import gather
 from sparkir.data.outputs import loaded
 from sparkir.errors import SparkirError
 from sparkir.evaluate.infer import device_of, evaluating
-from sparkir.models.facts import restore
+from sparkir.models.facts import ModelFacts, facts_of, restore
 from sparkir.models.normalize import LayerNorm2d
 from sparkir.recipe import load
 from sparkir.run import train_student
@@ -108,7 +110,7 @@ def test_training_with_them_does_not_run_the_teacher(made, project, monkeypatch)
     called = []
     materials.teacher.register_forward_hook(lambda *_: called.append(1))
     train_student(recipe, materials, project / "training", report=events.append)
-    assert called == []
+    assert len(called) == 1  # for a look at what it makes of crops
     assert [e["step"] for e in events if e["kind"] == "step"] == list(range(1, 13))
 
 
@@ -139,3 +141,26 @@ def test_methods_that_look_at_features_run_the_teacher_and_say_so(made, project)
     assert len(called) >= 2
     said = [event["message"] for event in events if event["kind"] == "warning"]
     assert said == ["the teacher runs at every step: the distillation method looks at its features"]
+
+
+class LooksAround(nn.Module):
+    """Enlarges, and darkens the smaller an image is: as other as one with global pooling may be."""
+
+    def __init__(self, facts: ModelFacts, whole_px: int) -> None:
+        super().__init__()
+        self.facts, self.whole_px = facts, whole_px
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        seen = x.shape[-1] / self.whole_px
+        return nn.functional.interpolate(x, scale_factor=self.facts.scale) * seen
+
+
+def test_a_teacher_that_sees_more_than_a_crop_is_warned_of(made):
+    recipe, materials, events = made()
+    teacher_outputs(recipe, materials, events.append)
+    assert [event for event in events if event["kind"] == "warning"] == []
+    whole_px = materials.train.lq_size(0)[1]
+    around = replace(materials, teacher=LooksAround(facts_of(materials.teacher), whole_px))
+    teacher_outputs(recipe, around, events.append)
+    (warning,) = [event["message"] for event in events if event["kind"] == "warning"]
+    assert "it looks further than a crop; set train.teacher_cache = false" in warning

@@ -12,13 +12,15 @@ import sys
 from functools import partial
 
 import numpy as np
+import torch
 from torch import nn
 
 from sparkir.assemble import Materials, Report, cache_folder
 from sparkir.data.outputs import OutputStore, bytes_of, fill, output_store, to_levels
-from sparkir.data.pairs import PairStore
+from sparkir.data.pairs import PairStore, PatchSampler
 from sparkir.errors import SparkirError
-from sparkir.models.facts import facts_of
+from sparkir.evaluate.infer import device_of, evaluating
+from sparkir.models.facts import facts_of, restore
 from sparkir.recipe import Recipe
 from sparkir.restore.engine import Engine
 from sparkir.restore.memory import shown_bytes
@@ -26,6 +28,9 @@ from sparkir.restore.network import Restorer
 from sparkir.tools import Opened, restorer_of
 
 _WHITE = 2**16 - 1
+_CROPS = 16
+_ENOUGH_DB = 6.0
+"""Between what a crop cannot show and the teacher's own error: a quarter of its power."""
 
 
 def teacher_outputs(
@@ -56,7 +61,36 @@ def teacher_outputs(
         report({"kind": "stage", "name": f"teacher on {todo}", "steps": len(store)})
         engine = Engine(_Storing(**vars(restorer)))
         fill(store, partial(_stored_output, engine, pairs), progress=partial(_tell, report))
+    if doubt := _of_crops(recipe, pairs, teacher, store):
+        report({"kind": "warning", "message": doubt})
     return store
+
+
+def _of_crops(recipe: Recipe, pairs: PairStore, teacher: nn.Module, store: OutputStore) -> str:
+    """A warning, where it makes another thing of whole images than of crops; empty if it does not.
+
+    A student that sees a crop cannot learn what was made of all that lies around it.
+    """
+    side = recipe.data.patch_px
+    sampler = PatchSampler(pairs, patch_px=side, batch=_CROPS, seed=0, augment=False, outputs=store)
+    lq, gt, stored = sampler.next()
+    with torch.no_grad(), evaluating(teacher):
+        ran = restore(teacher, lq.to(device_of(teacher)).float() / 255).cpu()
+    margin = ran.shape[-1] // 4  # beyond it the padding of a crop is seen
+    if margin == 0:
+        return ""
+    inside = (..., slice(margin, -margin), slice(margin, -margin))
+    apart_db, wrong_db = (
+        float(-10 * (stored - other)[inside].square().mean().log10())
+        for other in (ran, gt.float() / 255)
+    )
+    if apart_db > wrong_db + _ENOUGH_DB:
+        return ""
+    return (
+        f"what the teacher makes of whole images and of crops of {side} px is {apart_db:.1f} dB "
+        f"apart, where it is {wrong_db:.1f} dB from the truth: it looks further than a crop; "
+        "set train.teacher_cache = false, or a larger data.patch_px"
+    )
 
 
 def _why_not(pairs: PairStore, teacher: nn.Module, *, features: bool) -> str:
