@@ -1,7 +1,7 @@
 """How far a teacher's stored outputs are from the teacher run on each crop.
 
     python benchmarks/teacher_outputs.py                  # the demo's teacher and photographs
-    python benchmarks/teacher_outputs.py RECIPE           # any recipe with a teacher
+    python benchmarks/teacher_outputs.py RECIPE [KEY=VALUE ...]    # any recipe with a teacher
 
 Stored outputs are cut from whole images and flipped afterwards; run on a crop, the teacher sees
 padding beyond its border, and run on a flipped crop, it sees it flipped. Printed are PSNR on RGB in
@@ -35,7 +35,8 @@ def inner(x: Tensor) -> Tensor:
 
 def main() -> None:
     torch.set_num_threads(1)
-    recipe = load(sys.argv[1] if len(sys.argv) > 1 else "demo", ["train.teacher_cache=true"])
+    changes = ["train.teacher_cache=true", *sys.argv[2:]]
+    recipe = load(sys.argv[1] if len(sys.argv) > 1 else "demo", changes)
     materials = gather(recipe)
     teacher = materials.teacher
     assert teacher is not None

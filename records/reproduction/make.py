@@ -36,10 +36,6 @@ BASELINES = (
     *("truth:spark-paper", "constant:spark-paper", "random:spark-paper"),
     *("truth:spark", "constant:spark", "random:spark"),
 )
-SELF = (
-    "degraded,teacher,float,ptq,qat,truth,kd,kd-mse@1,kd-matched,fakd,slkd,"
-    "constant:spark-paper,spark-paper,spark"
-)
 TODAY = "degraded,teacher,ptq,qat,kd-matched,kd-matched@10,truth:spark,constant:spark,spark"
 MAIN = "degraded,teacher,float,ptq,qat,kd,spark-paper,truth:spark,constant:spark,spark"
 LONG = "degraded,teacher,float,ptq,qat,spark"
@@ -112,7 +108,6 @@ FROM_ITS_TEACHER = (
     "train.learning_rate=2e-4",
     "train.channels_last=true",
     "train.compile=true",
-    "train.teacher_cache=true",
 )
 RUNS: dict[str, Run] = {
     "lol-dncnn": Run(
@@ -131,7 +126,7 @@ RUNS: dict[str, Run] = {
     ),
     "lol-mirnet": Run(
         "twin-mirnet-mirnet-lol",
-        SELF,
+        f"{ROWS},dckd",
         (
             *LOW_LIGHT,
             "teacher.weights={out}/teacher-twin-mirnet-lol/student.safetensors",
@@ -149,6 +144,7 @@ RUNS: dict[str, Run] = {
             *POLYU,
             "teacher.weights={out}/teacher-twin-mirnet-sidd/student.safetensors",
             *FROM_ITS_TEACHER,
+            "train.teacher_cache=true",  # not in low light: see records/teacher-outputs
         ),
         seeds=1,
         before=(("teacher-twin-mirnet-sidd", *POLYU, "train.channels_last=true"),),

@@ -29,8 +29,8 @@ from sparkir.tools import Opened, restorer_of
 
 _WHITE = 2**16 - 1
 _CROPS = 16
-_ENOUGH_DB = 6.0
-"""Between what a crop cannot show and the teacher's own error: a quarter of its power."""
+_ENOUGH_DB = 10.0
+"""Between what a crop cannot show and the teacher's own error: a tenth of its power."""
 
 
 def teacher_outputs(
