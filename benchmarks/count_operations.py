@@ -59,11 +59,13 @@ def kernels_as_one(counting: Counting) -> Iterator[None]:
 
         return run
 
-    compiled, fused._compiled = fused._compiled, counted  # type: ignore[assignment]
+    compiled, few = fused._compiled, fused._run_few
+    fused._compiled = counted  # type: ignore[assignment]
+    fused._run_few = fused._run  # as on a GPU
     try:
         yield
     finally:
-        fused._compiled = compiled
+        fused._compiled, fused._run_few = compiled, few
 
 
 def counts(name: str, folder: Path) -> tuple[int, int]:

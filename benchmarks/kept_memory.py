@@ -73,11 +73,10 @@ def child(how: str) -> None:
     """Print what this process measured, and its peak of memory."""
     if how == KEPT:
         keep_freed_memory()
-    print(json.dumps({"used": dict(measured()), "peak_mib": peak_mib()}))
+    import torch  # not before
+    from train_step import peak_mib
 
-
-def peak_mib() -> float:
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**10
+    print(json.dumps({"used": dict(measured()), "peak_mib": peak_mib(torch.device("cpu"))}))
 
 
 def run_in_turn(rounds: int) -> dict[str, list[dict[str, Any]]]:
@@ -95,6 +94,12 @@ def run_in_turn(rounds: int) -> dict[str, list[dict[str, Any]]]:
     return printed
 
 
+def medians(results: list[dict[str, Any]], what: str) -> tuple[float, float]:
+    """CPU s and pages mapped, over all processes."""
+    times_s, pages = zip(*(one for r in results for one in r["used"][what]), strict=True)
+    return statistics.median(times_s), statistics.median(pages)
+
+
 def as_markdown(printed: dict[str, list[dict[str, Any]]]) -> str:
     """The table."""
     lines = [
@@ -102,18 +107,12 @@ def as_markdown(printed: dict[str, list[dict[str, Any]]]) -> str:
         "|---|---:|---:|---:|---:|---:|",
     ]
     for what in printed[KEPT][0]["used"]:
-        times_s, pages = zip(
-            *(
-                [statistics.median(column) for column in zip(*all_times, strict=True)]
-                for results in printed.values()
-                for all_times in [[one for result in results for one in result["used"][what]]]
-            ),
-            strict=True,
+        (back_s, back_pages), (kept_s, kept_pages) = (
+            medians(results, what) for results in printed.values()
         )
-        back_ms, kept_ms = (1e3 * s for s in times_s)
         lines.append(
-            f"| {what} | {back_ms:.0f} | {kept_ms:.0f} | {kept_ms / back_ms:.2f} | "
-            f"{pages[0]:.0f} | {pages[1]:.0f} |"
+            f"| {what} | {1e3 * back_s:.0f} | {1e3 * kept_s:.0f} | {kept_s / back_s:.2f} | "
+            f"{back_pages:.0f} | {kept_pages:.0f} |"
         )
     back, kept = (statistics.median(r["peak_mib"] for r in rs) for rs in printed.values())
     lines.append(f"| peak of the process, MiB | {back:.0f} | {kept:.0f} | {kept / back:.2f} | | |")

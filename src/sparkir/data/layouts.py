@@ -83,14 +83,17 @@ def part_of(folder: Path, split: Split) -> Path | None:
     Raises:
         SparkirError: images lie in it, and in a folder inside where sets keep theirs.
     """
-    alone = [] if holds_pairs(folder, split) else _images(folder)
-    for inside in (_inside(folder, name) for name in _CLEAN_INSIDE if alone):
-        if _images(inside):
-            raise SparkirError(
-                f"{folder} holds images ({alone[0].name}), and so does {inside}; give {inside}, "
-                "or move one of them elsewhere"
-            )
-    for name in ("", *PARTS[split], *_CLEAN_INSIDE):
+    if holds_pairs(folder, split):
+        return folder
+    if alone := _images(folder):
+        for inside in (_inside(folder, name) for name in _CLEAN_INSIDE):
+            if _images(inside):
+                raise SparkirError(
+                    f"{folder} holds images ({alone[0].name}), and so does {inside}; give "
+                    f"{inside}, or move one of them elsewhere"
+                )
+        return folder
+    for name in (*PARTS[split], *_CLEAN_INSIDE):
         part = _inside(folder, name)
         if _images(part) or holds_pairs(part, split):
             return part
