@@ -1053,6 +1053,8 @@ def test_check_says_what_is_quantized_and_what_is_not(project):
     assert f"teacher: edsr, {count:,} parameters" in lines
     assert f"student: edsr, {count:,} parameters" in lines
     assert "quantized to W4A4: 6 layers" in lines
+    assert "W8A8: head.0, tail.1" in lines
+    assert "W4A4: body.0.body.0, body.0.body.2, body.1, tail.0.0" in lines
     left = [line for line in lines if line.startswith("left in float: ")]
     assert left
     assert all(line.endswith(")") and "(" in line for line in left)

@@ -1,5 +1,8 @@
 """The teacher's outputs, computed once: they are right, found again, and never stale."""
 
+import importlib
+import linecache
+import sys
 from dataclasses import replace
 
 import numpy as np
@@ -76,6 +79,42 @@ def test_other_code_of_the_network_makes_other_outputs(made, monkeypatch, change
 
     monkeypatch.setattr(sparkir.teacher.inspect, "getsource", source)
     assert teacher_outputs(recipe, materials, events.append).folder != first.folder
+
+
+@pytest.mark.parametrize(
+    ("reads", "uses"),
+    [
+        ("from of_mine.helping import halved", "halved"),
+        ("import of_mine.helping as helping", "helping.halved"),
+        ("from of_mine.between import halved", "halved"),  # which has it from there
+        ("from of_mine import between", "between.twice"),  # which calls it
+    ],
+)
+def test_other_code_of_what_the_users_network_calls_makes_other_outputs(
+    made, project, monkeypatch, reads, uses
+):
+    package = project / "of_mine"
+    package.mkdir()
+    (package / "__init__.py").write_text("")
+    helping = package / "helping.py"
+    helping.write_text("def halved(x):\n    return x / 2\n")
+    twice = "def twice(x):\n    return halved(halved(x))\n"
+    (package / "between.py").write_text(f"from of_mine.helping import halved\n\n\n{twice}")
+    forward = f"    def forward(self, x):\n        return {uses}(x)\n"
+    (package / "network.py").write_text(
+        f"from torch import nn\n\n{reads}\n\n\nclass Halves(nn.Module):\n{forward}"
+    )
+    monkeypatch.syspath_prepend(str(project))
+    recipe, materials, events = made()
+    materials.teacher.extra = importlib.import_module("of_mine.network").Halves()
+    first = teacher_outputs(recipe, materials, events.append)
+    helping.write_text("def halved(x):\n    return x / 3\n")
+    linecache.checkcache()  # another process would read it anew
+    try:
+        assert teacher_outputs(recipe, materials, events.append).folder != first.folder
+    finally:
+        for name in [name for name in sys.modules if name.partition(".")[0] == "of_mine"]:
+            del sys.modules[name]
 
 
 def test_a_network_whose_code_cannot_be_read_runs_at_every_step(made):

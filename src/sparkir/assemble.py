@@ -240,9 +240,13 @@ def rounds_compiled(recipe: Recipe, device: torch.device) -> bool:
     if recipe.quant is None:
         return False
     chosen = recipe.train.compile
-    if chosen == "auto":
-        return recipe.train.steps >= _STEPS_WORTH_COMPILING and has_compiler(device)
-    return chosen
+    return _would_compile(recipe) and has_compiler(device) if chosen == "auto" else chosen
+
+
+def _would_compile(recipe: Recipe) -> bool:
+    """Whether it is left to what is here, and the training is long enough to gain by it."""
+    quantized, chosen = recipe.quant is not None, recipe.train.compile
+    return quantized and chosen == "auto" and recipe.train.steps >= _STEPS_WORTH_COMPILING
 
 
 def calibration_crops(pairs: PairStore, recipe: Recipe) -> list[Tensor]:
@@ -346,6 +350,12 @@ def _doubts(recipe: Recipe, device: torch.device) -> Iterator[str]:
         )
     if quant is not None and not quant.reduce_range and saturates(quant.runs_on.runtime):
         yield f"{SATURATES}; the file cannot be checked here otherwise"
+    if _would_compile(recipe) and not has_compiler(device):
+        yield (
+            "nothing here compiles, so that training rounds in plain operations, which take "
+            "longer; install a C++ compiler such as g++, or Triton for a GPU, or set "
+            "train.compile = false"
+        )
     if recipe.weighting.name == "spark-paper" and trains_in_bfloat16(recipe, device):
         yield (
             "the reward of spark-paper is what one step changes, which bfloat16 hardly resolves; "

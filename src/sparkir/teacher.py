@@ -9,7 +9,10 @@ from __future__ import annotations
 import hashlib
 import inspect
 import sys
+from collections.abc import Iterator
 from functools import partial
+from pathlib import Path
+from types import ModuleType
 
 import numpy as np
 import torch
@@ -141,14 +144,44 @@ def _tell(report: Report, done: int, total: int) -> None:
 def _code_of(network: nn.Module) -> str:
     """A hash of the source files that define the network's modules, torch's own left out.
 
-    Those of their base classes too. Empty if one of them cannot be read.
+    Those of their base classes too, and those that a file of the user's reads names from. Empty if
+    one of them cannot be read.
     """
     kinds = {kind for module in network.modules() for kind in type(module).__mro__}
     names = {kind.__module__ for kind in kinds}
+    waiting = [name for name in names if name.partition(".")[0] not in ("torch", "builtins")]
+    sources: dict[str, str] = {}
+    while waiting:
+        name = waiting.pop()
+        if name not in sources:
+            try:
+                sources[name] = inspect.getsource(sys.modules[name])
+            except (OSError, TypeError, KeyError):
+                return ""
+            waiting += _reads_from(sys.modules[name])
     known = hashlib.sha256()
-    for name in sorted(n for n in names if n.partition(".")[0] not in ("torch", "builtins")):
-        try:
-            known.update(inspect.getsource(sys.modules[name]).encode())
-        except (OSError, TypeError, KeyError):
-            return ""
+    for name in sorted(sources):
+        known.update(sources[name].encode())
     return known.hexdigest()[:16]
+
+
+def _reads_from(module: ModuleType) -> Iterator[str]:
+    """The modules that a file of the user's has names from; of what is installed, nothing.
+
+    Another version of a library would be another file of those that define the network, or is
+    trusted to compute the same.
+    """
+    if not _is_users_own(module):
+        return
+    for value in vars(module).values():
+        name = value.__name__ if inspect.ismodule(value) else getattr(value, "__module__", None)
+        read = sys.modules.get(name) if isinstance(name, str) else None
+        if read is not None and _is_users_own(read):
+            yield read.__name__
+
+
+def _is_users_own(module: ModuleType) -> bool:
+    file = getattr(module, "__file__", None)
+    if file is None or module.__name__.partition(".")[0] in sys.stdlib_module_names | {"sparkir"}:
+        return False
+    return not {"site-packages", "dist-packages"} & set(Path(file).parts)

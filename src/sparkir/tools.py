@@ -447,6 +447,9 @@ def check_recipe(recipe: Recipe, report: Report) -> list[str]:
             )
         )
         findings.append(f"quantized to {recipe.quant.label}: {len(placement.layers)} layers")
+        for bits in dict.fromkeys(placement.layers.values()):
+            named = [name for name, of_it in placement.layers.items() if of_it == bits]
+            findings.append("W{}A{}: {}".format(*bits, ", ".join(named)))
         findings += [
             f"left in float: {name} ({why})" for name, why in placement.left_in_float.items()
         ]

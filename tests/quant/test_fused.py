@@ -25,7 +25,7 @@ from sparkir.quant.fused import (
     rounds_fused,
 )
 from sparkir.quant.spec import QuantSpec
-from sparkir.recipe import from_values
+from sparkir.recipe import from_values, load
 
 LOW, HIGH = -7.0, 8.0
 
@@ -240,6 +240,23 @@ def test_long_runs_are_compiled_where_they_can_be(
     }
     recipe = from_values(values | ({} if quant is None else {"quant": quant}), "a test")
     assert assemble.rounds_compiled(recipe, torch.device("cpu")) is expected
+
+
+@pytest.mark.parametrize(
+    ("settings", "there", "said"),
+    [
+        ([], False, True),
+        ([], True, False),
+        (["train.steps=1999"], False, False),
+        (["train.compile=false"], False, False),
+    ],
+)
+def test_a_long_run_without_a_compiler_is_told_so(monkeypatch, settings, there, said):
+    monkeypatch.setattr(assemble, "has_compiler", lambda device: there)
+    events: list[dict[str, object]] = []
+    assemble.gather(load("demo", ["train.steps=2000", *settings]), events.append)
+    doubts = [event for event in events if "nothing here compiles" in str(event.get("message"))]
+    assert len(doubts) == said
 
 
 def test_a_compiler_is_looked_for_by_compiling(monkeypatch):
