@@ -148,8 +148,8 @@ def test_against_a_slow_network_of_int64(bits):
             value,
             module.weight.numpy().astype(np.int64),
             bias,
-            stride=module.stride[0],
-            groups=module.groups,
+            stride=module.geometry.stride[0],
+            groups=module.geometry.groups,
         )
         return sums, step * module.weight_scale.numpy()
 

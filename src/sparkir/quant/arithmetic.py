@@ -285,7 +285,7 @@ def quantize(
 
     if not exact:  # in training, a graph is made of it
         return Quantized(rounded(value), scale, zero)
-    return Quantized(_in_pieces(rounded, value), scale, zero)
+    return Quantized(in_pieces(rounded, value), scale, zero)
 
 
 def _rounded(
@@ -312,8 +312,13 @@ def _rounded(
     return round_to_grid(x, step, low=low, high=high, divide=divide, own=own, shift=shift)
 
 
-def _in_pieces(rounded: Callable[[Value], Tensor], value: Value) -> Tensor:
-    """`rounded(value)`, of a large one some rows at a time: a cache holds what its passes read."""
+def in_pieces(
+    rounded: Callable[[Value], Tensor], value: Value, kind: torch.dtype = torch.float32
+) -> Tensor:
+    """`rounded(value)` as `kind`, of a large one some rows at a time.
+
+    A cache then holds what its passes read.
+    """
     operands: tuple[Tensor, ...]
     match value:
         case Sum(a, b) | Product(a, b):
@@ -325,9 +330,9 @@ def _in_pieces(rounded: Callable[[Value], Tensor], value: Value) -> Tensor:
     shape = torch.broadcast_shapes(*(x.shape for x in operands))
     small = isinstance(value, Average) or len(shape) < 2 or shape.numel() <= _PIECE
     if small or not operands[0].is_cpu:
-        return rounded(value)
+        return rounded(value).to(kind)
     like = next((x for x in operands if x.shape == shape), operands[0].expand(shape))
-    whole = torch.empty_like(like, dtype=torch.float32)
+    whole = torch.empty_like(like, dtype=kind)
     rows = max(1, _PIECE * shape[-2] // shape.numel())
     for start in range(0, shape[-2], rows):
         part = (..., slice(start, start + rows), slice(None))

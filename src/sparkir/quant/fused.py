@@ -220,6 +220,10 @@ def _bias_back(gradient: Tensor, step: Tensor) -> Tensor:
     return gradient.float() / step
 
 
+def _bytes(ints: Tensor, zero: Tensor) -> Tensor:
+    return (ints.float() + zero).to(torch.uint8)
+
+
 def _passed(
     gradient: Tensor, exact: Tensor, low: Tensor, high: Tensor, clip_only: bool
 ) -> tuple[Tensor, Tensor]:
@@ -366,6 +370,12 @@ def round_bias(bias: Tensor, input_step: Tensor, weight_step: Tensor) -> tuple[T
     kind = _computed_in(bias)
     ints, step = _RoundBias.apply(bias, input_step.detach(), weight_step.detach(), kind)
     return ints, step
+
+
+def to_bytes(ints: Tensor, zero: Tensor) -> Tensor:
+    """`ints` with `zero` () added, as uint8; without gradient."""
+    stored: Tensor = _run(_bytes, ints, zero)
+    return stored
 
 
 class _RoundBias(torch.autograd.Function):

@@ -25,6 +25,7 @@ from sparkir.quant.arithmetic import (
     to_odd_fraction,
     to_power_of_two,
 )
+from sparkir.quant.convolve import Geometry, convolve_integers
 from sparkir.quant.forms import InterleavedConv2d, Phases, in_rows, shuffle_rows, take_factor
 from sparkir.quant.fused import round_bias, rounds_fused
 from sparkir.quant.quantizer import (
@@ -171,17 +172,22 @@ class QuantConv2d(QuantLayer):
     def forward(self, x: Quantized | Tensor) -> Accumulated | Tensor:
         """(B, C_in, H, W) on a grid -> sums (B, C_out, H', W')."""
         if isinstance(x, Tensor):
-            return self._convolve(x, self.real_weight(), self.real_bias())
+            weight, bias = self.real_weight(), self.real_bias()
+            return self.geometry.convolve(self._bordered(x), weight, bias)
         weight, bias, scale = self.integers(x.scale)
         if (factor := self.rows()) is not None:
             weight, scale = in_rows(weight, factor), in_rows(scale, factor)
             bias = None if bias is None else in_rows(bias, factor)
-        return Accumulated(self._convolve(x.ints, weight, bias), scale.view(-1, 1, 1))
+        sums = convolve_integers(self._bordered(x.ints), x.zero, weight, bias, self.geometry)
+        return Accumulated(sums, scale.view(-1, 1, 1))
 
-    def _convolve(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        if self.border is not None:
-            x = F.pad(x, self.border)
-        return F.conv2d(x, weight, bias, self.stride, self.padding, self.dilation, self.groups)
+    @property
+    def geometry(self) -> Geometry:
+        """How it moves over the image."""
+        return Geometry(self.stride, self.padding, self.dilation, self.groups)
+
+    def _bordered(self, x: Tensor) -> Tensor:
+        return x if self.border is None else F.pad(x, self.border)
 
     def extra_repr(self) -> str:
         """What print shows."""

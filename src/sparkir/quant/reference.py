@@ -16,6 +16,7 @@ from torch import Tensor, fx, nn
 
 from sparkir.errors import SparkirError
 from sparkir.quant.arithmetic import Accumulated, Quantized, Value, quantize
+from sparkir.quant.convolve import convolve_integers
 from sparkir.quant.fixed import FixedSoftmax
 from sparkir.quant.layers import PassThrough, QuantConv2d, QuantLayer, Table, as_constant
 from sparkir.quant.prepare import carry_facts, placement_of
@@ -130,10 +131,14 @@ class IntegerLayer(nn.Module):
         ints = x.ints.to(self.compute_type)
         bias = None if self.bias is None else self.bias.to(self.compute_type)
         if not self.in_halves:
-            return self.apply_weights(ints, self.weight.to(self.compute_type), bias).float()
+            return self.multiply(ints, x.zero, self.weight.to(self.compute_type), bias).float()
         high, low = _halves(self.weight)
-        coarse = self.apply_weights(ints, high, None).int()
-        return (coarse * _HALF + self.apply_weights(ints, low, bias).int()).float()
+        coarse = self.multiply(ints, x.zero, high, None).int()
+        return (coarse * _HALF + self.multiply(ints, x.zero, low, bias).int()).float()
+
+    def multiply(self, ints: Tensor, zero: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        """As `apply_weights`, of integers only: with `zero` added, they are bytes."""
+        return self.apply_weights(ints, weight, bias)
 
     def apply_weights(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         """The layer's operation, for integers and for real values alike."""
@@ -146,14 +151,18 @@ class IntegerConv2d(IntegerLayer):
     def __init__(self, layer: QuantConv2d, name: str, source: IntegerQuantizer) -> None:
         """Freeze `layer`."""
         super().__init__(layer, name, source)
-        self.stride, self.padding, self.border = layer.stride, layer.padding, layer.border
-        self.dilation, self.groups = layer.dilation, layer.groups
+        self.geometry, self.border = layer.geometry, layer.border
 
     def apply_weights(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         """(B, C_in, H, W) -> (B, C_out, H', W')."""
-        if self.border is not None:
-            x = F.pad(x, self.border)
-        return F.conv2d(x, weight, bias, self.stride, self.padding, self.dilation, self.groups)
+        return self.geometry.convolve(self._bordered(x), weight, bias)
+
+    def multiply(self, ints: Tensor, zero: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        """As `apply_weights`, of integers only: with `zero` added, they are bytes."""
+        return convolve_integers(self._bordered(ints), zero, weight, bias, self.geometry)
+
+    def _bordered(self, x: Tensor) -> Tensor:
+        return x if self.border is None else F.pad(x, self.border)
 
     def forward(self, x: Quantized) -> Accumulated:
         """Grid values -> sums."""
