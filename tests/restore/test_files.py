@@ -304,6 +304,19 @@ def test_what_a_format_cannot_hold_is_said_before_restoring(folder):
         restore("photos/t.png", "t.jpg", never)
 
 
+def test_exif_that_a_jpeg_cannot_hold_is_said_before_restoring(folder):
+    def run(lq: np.ndarray) -> np.ndarray:
+        raise AssertionError
+
+    never = Restorer(facts=facts(), run=run, label="never", identity="3")
+    exif = Image.Exif()
+    exif[0x010E] = "a" * 65_490  # a JPEG has room for it, but not for what makes the result too
+    Image.new("RGB", (9, 9)).save(folder / "told.jpg", exif=exif)
+    with pytest.raises(SparkirError, match=r"JPEG cannot hold 65\d{3} bytes of EXIF.*write \.png"):
+        restore("told.jpg", "out.jpg", never)
+    assert restore("told.jpg", "out.png").failed == []
+
+
 def test_a_full_disk_ends_it_and_leaves_nothing_half_written(folder, monkeypatch):
     restore("photos/a.png", "out")
     before = contents(folder)

@@ -13,7 +13,13 @@ from sparkir.restore.engine import Engine
 from sparkir.restore.naming import Job, find_jobs, shown
 from sparkir.restore.network import Restorer
 from sparkir.restore.pictures import MAX_PIXELS, mark_of, read_header, read_picture
-from sparkir.restore.writing import FullDiskError, format_of, require_room, write_picture
+from sparkir.restore.writing import (
+    FullDiskError,
+    format_of,
+    require_exif,
+    require_room,
+    write_picture,
+)
 
 Report = Callable[[dict[str, Any]], None]
 _MAKER = "sparkir restore"
@@ -109,9 +115,11 @@ def _restore(engine: Engine, job: Job, max_pixels: int, tell: Callable[[int, int
     require_room(job.result, (scale * height, scale * width, channels), header.itemsize)
     engine.left_for_tiles(header.shape, header.itemsize)
     picture = read_picture(job.source, max_pixels=max_pixels)
+    mark = mark_for(engine.restorer)
+    require_exif(job.result, picture.exif, mark)
     restored = picture.with_pixels(engine(picture.pixels, tell))
     del picture
-    write_picture(job.result, restored, mark_for(engine.restorer))
+    write_picture(job.result, restored, mark)
 
 
 def mark_for(restorer: Restorer) -> str:

@@ -27,6 +27,7 @@ FORMATS: dict[str, tuple[str, dict[str, Any]]] = {
     ".webp": ("WEBP", {"lossless": True}),
 }
 _LONGEST_PX = {"JPEG": 65_500, "WEBP": 16_383}
+_LONGEST_EXIF = {"JPEG": 65_533}
 _HOPELESS = (errno.ENOSPC, errno.EDQUOT, errno.EROFS)
 _ASCII = 2  # TIFF's type of texts
 _EXIF_PARTS = (0x8769, 0x8825)  # the camera's settings, the place
@@ -74,6 +75,19 @@ def require_room(path: Path, shape: tuple[int, ...], itemsize: int) -> None:
     if itemsize == 2 and shape[2] > 1:
         package = "pyvips" if kind == "PNG" else "tifffile"
         require(package, f"{shown(path)} would have 16-bit colour")
+
+
+def require_exif(path: Path, exif: bytes, mark: str) -> None:
+    """See that the format can hold EXIF data, together with what made the file.
+
+    Raises:
+        SparkirError: it cannot; the message says which can.
+    """
+    kind, length = format_of(path), len(marked_exif(exif, mark).tobytes())
+    if length > _LONGEST_EXIF.get(kind, length):
+        raise SparkirError(
+            f"{kind} cannot hold {length} bytes of EXIF, and the result has; write .png or .tif"
+        )
 
 
 def write_picture(path: Path, picture: Picture, mark: str) -> None:
