@@ -16,7 +16,7 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
 from kept import keep, take_up
@@ -36,7 +36,6 @@ BASELINES = (
     *("truth:spark-paper", "constant:spark-paper", "random:spark-paper"),
     *("truth:spark", "constant:spark", "random:spark"),
 )
-TODAY = "degraded,teacher,ptq,qat,kd-matched,kd-matched@10,truth:spark,constant:spark,spark"
 MAIN = "degraded,teacher,float,ptq,qat,kd,spark-paper,truth:spark,constant:spark,spark"
 LONG = "degraded,teacher,float,ptq,qat,spark"
 LOW_RATE = (
@@ -132,7 +131,7 @@ RUNS: dict[str, Run] = {
             "teacher.weights={out}/teacher-twin-mirnet-lol/student.safetensors",
             *FROM_ITS_TEACHER,
         ),
-        seeds=2,
+        seeds=1,
         before=(("teacher-twin-mirnet-lol", *LOW_LIGHT, "train.channels_last=true"),),
     ),
     "polyu-dncnn": real_noise("float-twin-dncnn-sidd-seed-1", "seed=1", seeds=3),
@@ -202,7 +201,6 @@ for end, methods, steps, rate, seeds in (
     RUNS[f"rfdn-x4-w8a8{end}"] = Run(
         "twin-rfdn-rfdn-x4", methods, (*FAST, *settings), seeds, more_tests=URBAN20
     )
-RUNS["lol-mirnet-spark"] = replace(RUNS["lol-mirnet"], methods=TODAY, seeds=1)
 
 
 def sparkir(*arguments: str | Path) -> None:
