@@ -90,6 +90,20 @@ def test_constant_weights_and_no_bias_get_no_gradient(always):
     assert weight.grad is None
 
 
+@PRODUCTS
+@pytest.mark.parametrize("which", ["ints", "weight", "bias"])
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_what_is_no_number_is_not_lost_in_a_byte(always, which, value):
+    geometry = GEOMETRIES["plain"]
+    ints, zero, weight, bias = made(geometry)
+    spoiled = {"ints": ints, "weight": weight, "bias": bias}[which]
+    spoiled[(0,) * spoiled.dim()] = value
+    sums = convolve_integers(ints, zero, weight, bias, geometry)
+    assert not sums.isfinite().all()
+    if which != "bias":
+        assert convolve_integers(ints, zero, weight, None, geometry).isnan().all()
+
+
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore::DeprecationWarning:torch")  # of the compiler's own code
 @PRODUCTS

@@ -11,14 +11,14 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 from functools import cache
-from typing import Any, NamedTuple, cast
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.cpu import get_capabilities
 
-from sparkir.quant.arithmetic import in_pieces
+from sparkir.quant.arithmetic import Value, in_pieces
 from sparkir.quant.fused import rounds_fused, to_bytes
 
 _WORTH_IT = {torch.float32: 2**23, torch.bfloat16: 2**26}
@@ -142,15 +142,16 @@ def _sums(
     ints: Tensor, zero: Tensor, weight: Tensor, bias: Tensor | None, geometry: Geometry
 ) -> Tensor:
     where, level = [list(sizes) for sizes in geometry[:3]], int(zero)
-    by_one, from_zero = _ones(len(weight))
+    ones, zeros, no_bias = _constants(len(weight))
+    stored, total = _bytes_of(ints, zero)
     weights = weight.to(torch.int8).contiguous()
-    packed = torch.ops.onednn.qconv_prepack(
-        weights, by_one, 1.0, level, *where, geometry.groups, None
-    )
+    packed = torch.ops.onednn.qconv_prepack(weights, ones, 1.0, level, *where, geometry.groups)
+    # NaN would be lost in a byte: it makes all sums NaN by the bias, as training has to notice it.
+    nothing = (total + weight.float().sum()) * 0
     return torch.ops.onednn.qconv2d_pointwise(  # type: ignore[no-any-return]
-        *(_bytes_of(ints, zero), 1.0, level),
-        *(packed, by_one, from_zero),
-        None if bias is None else bias.float(),
+        *(stored, 1.0, level),
+        *(packed, ones, zeros),
+        nothing + (no_bias if bias is None else bias.float()),
         *where,
         geometry.groups,
         *(1.0, 0, ints.dtype),  # sums as they are
@@ -158,13 +159,21 @@ def _sums(
     )
 
 
-def _bytes_of(ints: Tensor, zero: Tensor) -> Tensor:
+def _bytes_of(ints: Tensor, zero: Tensor) -> tuple[Tensor, Tensor]:
+    """What is stored, and the sum of `ints`."""
     if rounds_fused():
         return to_bytes(ints, zero)
-    return in_pieces(lambda part: cast("Tensor", part) + zero, ints, torch.uint8)
+    totals = []
+
+    def stored(part: Value) -> Tensor:
+        assert isinstance(part, Tensor)
+        totals.append(part.float().sum())
+        return part + zero
+
+    return in_pieces(stored, ints, torch.uint8), torch.stack(totals).sum()
 
 
 @cache
-def _ones(channels: int) -> tuple[Tensor, Tensor]:
-    """Steps and zero points of weights that are what they are."""
-    return torch.ones(channels), torch.zeros(channels, dtype=torch.int32)
+def _constants(channels: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Steps and zero points of weights that are what they are, and a bias of nothing."""
+    return torch.ones(channels), torch.zeros(channels, dtype=torch.int32), torch.zeros(channels)

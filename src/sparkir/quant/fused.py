@@ -220,8 +220,8 @@ def _bias_back(gradient: Tensor, step: Tensor) -> Tensor:
     return gradient.float() / step
 
 
-def _bytes(ints: Tensor, zero: Tensor) -> Tensor:
-    return (ints.float() + zero).to(torch.uint8)
+def _bytes(ints: Tensor, zero: Tensor) -> tuple[Tensor, Tensor]:
+    return (ints.float() + zero).to(torch.uint8), ints.float().sum()
 
 
 def _passed(
@@ -372,10 +372,10 @@ def round_bias(bias: Tensor, input_step: Tensor, weight_step: Tensor) -> tuple[T
     return ints, step
 
 
-def to_bytes(ints: Tensor, zero: Tensor) -> Tensor:
-    """`ints` with `zero` () added, as uint8; without gradient."""
-    stored: Tensor = _run(_bytes, ints, zero)
-    return stored
+def to_bytes(ints: Tensor, zero: Tensor) -> tuple[Tensor, Tensor]:
+    """`ints` with `zero` () added, as uint8, and their sum (); without gradient."""
+    stored, total = _run(_bytes, ints, zero)
+    return stored, total
 
 
 class _RoundBias(torch.autograd.Function):
