@@ -305,3 +305,19 @@ def test_the_compiler_keeps_the_meaning(kind):
         if name.endswith("log_scale"):
             scale = max(float(g.abs().max()) for n, g in expected.items() if "log_scale" in n)
         assert float((found[name] - expected[name]).abs().max()) <= tolerance * scale, name
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore::DeprecationWarning:torch")  # of the compiler's own code
+def test_sizes_of_1_and_layouts_are_compiled_however_many(caplog):
+    torch._dynamo.reset()
+    fused._compiled.cache_clear()
+    sizes = [(8, 4, 3, 3), (8, 4, 1, 1), (8, 1, 3, 3), (1, 4, 3, 3), (1, 4, 1, 1), (8, 1, 1, 1)]
+    weights = [torch.randn(size) for size in sizes]
+    weights += [weight.to(memory_format=torch.channels_last) for weight in weights]
+    for weight in [*weights, torch.randn(8, 4), torch.randn(1, 4)]:
+        step = torch.rand(len(weight)) + 0.5
+        ints = round_weights(weight, step, low=-8.0, high=7.0, clip_only=False)
+        rows = step.view(-1, *[1] * (weight.dim() - 1))
+        assert torch.equal(ints, (weight / rows).round().clamp(-8, 7))
+    assert "recompile_limit" not in caplog.text

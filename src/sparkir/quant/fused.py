@@ -16,6 +16,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 from functools import cache
+from inspect import signature
 from typing import Any, NamedTuple
 
 import torch
@@ -23,6 +24,10 @@ from torch import Tensor
 
 from sparkir.data.codec import one_line
 from sparkir.errors import SparkirError
+
+_MOST_VARIANTS = 64
+"""Of a kernel: a size of 1 and another layout make one each. At torch's own limit of 8, which a
+MIRNet's weights exceed, it would stop compiling and take plain operations."""
 
 _fused = ContextVar("fused", default=False)
 
@@ -423,7 +428,11 @@ def _run_few(kernel: Callable[..., Any], first: Tensor, *others: Tensor | torch.
 
 @cache
 def _compiled(kernel: Callable[..., Any]) -> Callable[..., Any]:
-    return torch.compile(kernel, dynamic=True)
+    known = signature(torch.compile).parameters
+    limit: dict[str, Any] = (
+        {"recompile_limit": _MOST_VARIANTS} if "recompile_limit" in known else {}
+    )
+    return torch.compile(kernel, dynamic=True, **limit)
 
 
 @cache
