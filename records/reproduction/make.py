@@ -36,7 +36,6 @@ BASELINES = (
     *("truth:spark-paper", "constant:spark-paper", "random:spark-paper"),
     *("truth:spark", "constant:spark", "random:spark"),
 )
-MAIN = "degraded,teacher,float,ptq,qat,kd,spark-paper,truth:spark,constant:spark,spark"
 LONG = "degraded,teacher,float,ptq,qat,spark"
 LOW_RATE = (
     "degraded,teacher,float,ptq,qat,kd,kd-mse@1,kd-matched@10,fakd,slkd,spark-paper,"
@@ -138,7 +137,7 @@ RUNS: dict[str, Run] = {
     "polyu-dncnn-worse-start": real_noise("float-twin-dncnn-sidd", seeds=1),
     "polyu-mirnet": Run(
         "twin-mirnet-mirnet-sidd",
-        MAIN,
+        f"{ROWS},dckd",
         (
             *POLYU,
             "teacher.weights={out}/teacher-twin-mirnet-sidd/student.safetensors",
