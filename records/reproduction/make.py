@@ -187,7 +187,6 @@ RUNS: dict[str, Run] = {
             "train.steps=500",
             "train.teacher_cache=true",
         ),
-        seeds=2,
         more_tests=URBAN20,
         before=(("float-twin-srcnn-x2", *PAIRS, "train.steps=4000"),),
     ),
