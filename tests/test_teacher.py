@@ -86,6 +86,7 @@ def test_other_code_of_the_network_makes_other_outputs(made, monkeypatch, change
     [
         ("from of_mine.helping import halved", "halved"),
         ("import of_mine.helping as helping", "helping.halved"),
+        ("import of_mine.helping", "of_mine.helping.halved"),  # by a file that is empty
         ("from of_mine.between import halved", "halved"),  # which has it from there
         ("from of_mine import between", "between.twice"),  # which calls it
     ],

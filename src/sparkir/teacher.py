@@ -155,7 +155,7 @@ def _code_of(network: nn.Module) -> str:
         name = waiting.pop()
         if name not in sources:
             try:
-                sources[name] = inspect.getsource(sys.modules[name])
+                sources[name] = _source_of(sys.modules[name])
             except (OSError, TypeError, KeyError):
                 return ""
             waiting += _reads_from(sys.modules[name])
@@ -163,6 +163,12 @@ def _code_of(network: nn.Module) -> str:
     for name in sorted(sources):
         known.update(sources[name].encode())
     return known.hexdigest()[:16]
+
+
+def _source_of(module: ModuleType) -> str:
+    """Its text; of an empty `__init__.py`, of which inspect knows none, an empty one."""
+    file = Path(getattr(module, "__file__", None) or "-")
+    return "" if file.is_file() and file.stat().st_size == 0 else inspect.getsource(module)
 
 
 def _reads_from(module: ModuleType) -> Iterator[str]:
