@@ -1,7 +1,7 @@
 """Convolutions over whole numbers, in the processor's products of 8 bits where it has them.
 
-An x86 with VNNI or AMX multiplies integers of 8 bits and adds them up in 32, which takes a quarter
-of the time of float32 and half that of bfloat16. The sums are the same: whole numbers, of which
+An x86 with VNNI or AMX multiplies integers of 8 bits and adds them up in 32, twice as many at a
+time as of bfloat16. The sums are the same: whole numbers, of which
 float32 holds all below 2**24. Gradients are those of the convolution in floating point.
 """
 
