@@ -44,11 +44,17 @@ class Geometry(NamedTuple):
     padding: str | tuple[int, ...]
     dilation: tuple[int, ...]
     groups: int
+    border: tuple[int, int, int, int] | None = None
+    """Zeros put around the input beforehand: left, right, above, below."""
 
     def convolve(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         """(B, C_in, H, W) -> (B, C_out, H', W'), as torch does it."""
-        stride, padding, dilation, groups = self
-        return F.conv2d(x, weight, bias, stride, padding, dilation, groups)
+        stride, padding, dilation, groups, _ = self
+        return F.conv2d(self.bordered(x), weight, bias, stride, padding, dilation, groups)
+
+    def bordered(self, x: Tensor) -> Tensor:
+        """`x` with its border."""
+        return x if self.border is None else F.pad(x, self.border)
 
 
 def convolve_integers(
@@ -65,7 +71,7 @@ def convolve_integers(
     """
     if not _is_worth_it(ints, weight, geometry):
         return geometry.convolve(ints, weight, bias)
-    result: Tensor = _Products.apply(ints, zero, weight, bias, geometry)
+    result: Tensor = _Products.apply(geometry.bordered(ints), zero, weight, bias, geometry)
     return result
 
 
@@ -120,7 +126,7 @@ class _Products(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> Any:  # noqa: ANN401
         ints, weight = ctx.saved_tensors
-        stride, padding, dilation, groups = ctx.geometry
+        stride, padding, dilation, groups, _ = ctx.geometry
         of_ints, _, of_weight, of_bias, _ = ctx.needs_input_grad
         to_ints, to_weight, to_bias = torch.ops.aten.convolution_backward(
             gradient,

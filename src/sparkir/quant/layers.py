@@ -164,30 +164,22 @@ class QuantConv2d(QuantLayer):
         bias = super().real_bias()
         return bias if self.phases is None else self.phases.repeated(bias)
 
-    @property
-    def border(self) -> tuple[int, int, int, int] | None:
-        """Zeros put around the input beforehand: left, right, above, below."""
-        return None if self.phases is None else self.phases.border
-
     def forward(self, x: Quantized | Tensor) -> Accumulated | Tensor:
         """(B, C_in, H, W) on a grid -> sums (B, C_out, H', W')."""
         if isinstance(x, Tensor):
-            weight, bias = self.real_weight(), self.real_bias()
-            return self.geometry.convolve(self._bordered(x), weight, bias)
+            return self.geometry.convolve(x, self.real_weight(), self.real_bias())
         weight, bias, scale = self.integers(x.scale)
         if (factor := self.rows()) is not None:
             weight, scale = in_rows(weight, factor), in_rows(scale, factor)
             bias = None if bias is None else in_rows(bias, factor)
-        sums = convolve_integers(self._bordered(x.ints), x.zero, weight, bias, self.geometry)
+        sums = convolve_integers(x.ints, x.zero, weight, bias, self.geometry)
         return Accumulated(sums, scale.view(-1, 1, 1))
 
     @property
     def geometry(self) -> Geometry:
         """How it moves over the image."""
-        return Geometry(self.stride, self.padding, self.dilation, self.groups)
-
-    def _bordered(self, x: Tensor) -> Tensor:
-        return x if self.border is None else F.pad(x, self.border)
+        border = None if self.phases is None else self.phases.border
+        return Geometry(self.stride, self.padding, self.dilation, self.groups, border)
 
     def extra_repr(self) -> str:
         """What print shows."""

@@ -151,18 +151,15 @@ class IntegerConv2d(IntegerLayer):
     def __init__(self, layer: QuantConv2d, name: str, source: IntegerQuantizer) -> None:
         """Freeze `layer`."""
         super().__init__(layer, name, source)
-        self.geometry, self.border = layer.geometry, layer.border
+        self.geometry = layer.geometry
 
     def apply_weights(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         """(B, C_in, H, W) -> (B, C_out, H', W')."""
-        return self.geometry.convolve(self._bordered(x), weight, bias)
+        return self.geometry.convolve(x, weight, bias)
 
     def multiply(self, ints: Tensor, zero: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         """As `apply_weights`, of integers only: with `zero` added, they are bytes."""
-        return convolve_integers(self._bordered(ints), zero, weight, bias, self.geometry)
-
-    def _bordered(self, x: Tensor) -> Tensor:
-        return x if self.border is None else F.pad(x, self.border)
+        return convolve_integers(ints, zero, weight, bias, self.geometry)
 
     def forward(self, x: Quantized) -> Accumulated:
         """Grid values -> sums."""
